@@ -1,0 +1,1 @@
+"""Evidence on disk: hashes, the timeline, snapshots and their verification."""

@@ -1,0 +1,1 @@
+"""What is read from activations: directions now, probes and dictionary features later."""

@@ -1,0 +1,1 @@
+"""A run as something a person reads. Imports neither torch nor transformers."""
