@@ -1,0 +1,230 @@
+"""The ``interp:`` block: frozen dataclasses, validated by pydantic, readable from YAML, mapping or preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from interp_rlhf.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+#: The packaged concept packs, in the order they are read.
+PACKS: tuple[str, ...] = ("sycophancy", "refusal", "hedging", "politeness", "sentiment", "formality", "verbosity")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsConfig:
+    """Which fixed texts are read.
+
+    Attributes:
+        source: ``auto`` draws from the evaluation data, else the training data; ``named`` reads ``path``.
+        path: JSONL prompt file (see ``docs/formats.md``); required for streaming datasets.
+        n: number of prompts, drawn once with the run's seed.
+        max_length: tokens kept per text; longer completions are cut, a longer prompt is an error.
+        batch_size: texts per forward pass of a measurement.
+        tokens: which tokens enter the per-text mean; ``completion`` falls back to the prompt where there is none.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    source: Literal["auto", "evaluation", "training", "named"] = "auto"
+    path: str | None = None
+    n: Annotated[int, Field(ge=8)] = 128
+    max_length: Annotated[int, Field(ge=2)] = 512
+    batch_size: Positive = 16
+    tokens: Literal["completion", "prompt", "all"] = "completion"
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptsConfig:
+    """Which concept directions are fitted at step 0.
+
+    Attributes:
+        pairs: fit the chosen − rejected direction where the training data has pairs.
+        n_pairs: preference pairs drawn (half for fitting, half for reading).
+        packs: packaged pack names or paths of JSONL pack files.
+        directions: paths of saved :class:`~interp_rlhf.Direction` files to read as they are.
+        behaviour: also log the log-probability gap on held-out contrast pairs.
+        refit: also refit each direction at every measurement (direction cosine).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    pairs: bool = True
+    n_pairs: Annotated[int, Field(ge=16)] = 128
+    packs: tuple[str, ...] = PACKS
+    directions: tuple[str, ...] = ()
+    behaviour: bool = True
+    refit: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """When to measure. Step 0 and the end always are; every save forces a measurement of the saved weights.
+
+    Attributes:
+        every: cadence in optimizer steps; in between only on steps that log anyway (rounds up).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    every: Positive = 50
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsConfig:
+    """Sizes and thresholds of the statistics (``docs/metrics.md`` holds the table).
+
+    Attributes:
+        bootstrap: paired bootstrap resamples over prompts.
+        confidence: coverage of the intervals.
+        directions: comparison directions drawn from the step-0 activation covariance.
+        tolerance: δ, the standardised drift below which nothing is called moved (step-0 standard deviations).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    confidence: Fraction = 0.95
+    directions: Annotated[int, Field(ge=200)] = 256
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsConfig:
+    """What is kept on disk.
+
+    Attributes:
+        enabled: write snapshots (the timeline is always written).
+        keep: keep the tensors of this many newest snapshots besides step 0; ``None`` keeps all. Manifests stay.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    enabled: bool = True
+    keep: Positive | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InterpConfig:
+    """Everything ``attach`` can be told. The defaults are the packaged preset ``observe``.
+
+    Attributes:
+        hookpoints: where to read; ``layers.50%.resid_post`` is a fractional depth.
+        representation: log representation metrics (CKA, cosine, norm ratio, effective rank).
+        reference: how readings of the frozen start are had: ``auto`` caches them at step 0.
+        headline: at most this many scalars go to the trainer's log per measurement.
+        on_error: a failed measurement warns, or raises and ends the run.
+        seed: seeds drawing, splitting, bootstrap and comparison directions.
+        report: write ``report.html`` at the end of training where the ``report`` extra is installed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    hookpoints: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "layers.25%.resid_post",
+        "layers.50%.resid_post",
+        "layers.75%.resid_post",
+        "layers.100%.resid_post",
+    )
+    representation: bool = True
+    reference: Literal["auto", "cached", "adapter", "ref_model", "copy"] = "auto"
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    snapshots: SnapshotsConfig = field(default_factory=SnapshotsConfig)
+    headline: Annotated[int, Field(ge=0, le=50)] = 50
+    on_error: Literal["warn", "raise"] = "warn"
+    seed: Annotated[int, Field(ge=0)] = 0
+    report: bool = True
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, where: str = "interp config") -> Self:
+        """Validate a plain mapping. An ``interp:`` key at the top is looked into; other TRL keys beside it are not ours.
+
+        Raises:
+            ConfigError: names ``where``, the field's path, what was found and what was expected.
+        """
+        block = mapping.get("interp", mapping)
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"{where}: expected a mapping of settings, found {type(block).__name__}")
+        try:
+            return _adapter(cls).validate_python(dict(block))
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_first_problem(error)}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file holding the block itself or a complete run with an ``interp:`` key.
+
+        Raises:
+            ConfigError: the file is missing, not YAML, or holds an invalid setting.
+        """
+        path = Path(path)
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        if loaded is None:
+            loaded = {}
+        if not isinstance(loaded, Mapping):
+            raise ConfigError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}")
+        return cls.from_mapping(loaded, where=str(path))
+
+    @classmethod
+    def preset(cls, name: str = "observe") -> Self:
+        """A packaged preset by name.
+
+        Raises:
+            ConfigError: no such preset; the message lists those that exist.
+        """
+        folder = resources.files("interp_rlhf") / "presets"
+        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        if name not in names:
+            raise ConfigError(f"preset {name!r} does not exist; found {', '.join(names)}")
+        return cls.from_mapping(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), where=name)
+
+    @classmethod
+    def resolve(cls, config: InterpConfig | Mapping[str, Any] | str | Path | None) -> InterpConfig:
+        """What ``attach`` accepts: nothing (preset ``observe``), a path, a preset's name, a mapping, or a config."""
+        if config is None:
+            return cls.preset()
+        if isinstance(config, InterpConfig):
+            return config
+        if isinstance(config, Mapping):
+            return cls.from_mapping(config)
+        if isinstance(config, str | Path):
+            is_name = isinstance(config, str) and not config.endswith((".yaml", ".yml")) and "/" not in config
+            return cls.preset(str(config)) if is_name else cls.from_yaml(config)
+        raise ConfigError(f"config: expected a path, a mapping or an InterpConfig, found {type(config).__name__}")
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The config as JSON-ready nested mappings; ``from_mapping`` of it gives an equal config."""
+        return _adapter(type(self)).dump_python(self, mode="json")
+
+
+@cache
+def _adapter(cls: type[InterpConfig]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "the whole block"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {place!r}{more}"
+    return f"{place}: {problem['msg']}, found {problem.get('input')!r}{more}"
