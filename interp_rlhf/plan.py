@@ -1,0 +1,242 @@
+"""What a run will read, decided before training starts: hookpoints, audit texts, concepts with their contrast pairs.
+
+Everything that can be wrong with the input is found here, so that ``attach`` raises and a training run never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp_rlhf.activations.hookpoints import ModelLayout, layout, resolve_hookpoints
+from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows
+from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
+from interp_rlhf.config import InterpConfig
+from interp_rlhf.errors import ConfigError, PromptError
+from interp_rlhf.measurement import Source
+from interp_rlhf.readouts.directions import Direction
+from interp_rlhf.readouts.packs import load_pack, render, split
+
+#: The concept fitted on preference pairs.
+PREFERENCE = "chosen_minus_rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptTexts:
+    """Contrast pairs of one concept: a half to fit the direction on, a half to read it on."""
+
+    name: str
+    fit: tuple[ContrastPair, ...]
+    held: tuple[ContrastPair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something that was asked for and will not be reported, with the reason."""
+
+    readout: str
+    hookpoint: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """The distinct texts of a measurement, ordered by id; ``scored`` ones also need their log-probability."""
+
+    prompts: tuple[Prompt, ...]
+    scored: frozenset[str]
+
+    def rows(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Row indices ``[len(prompts)]`` of these texts."""
+        index = {prompt.id: row for row, prompt in enumerate(self.prompts)}
+        return torch.tensor([index[prompt.id] for prompt in prompts], dtype=torch.long)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The fixed part of a run: the same at every measurement."""
+
+    hookpoints: tuple[str, ...]
+    audit: PromptSet
+    concepts: tuple[ConceptTexts, ...]
+    directions: tuple[Direction, ...]
+    refused: tuple[Refusal, ...]
+    pad_token_id: int
+    skip_ids: frozenset[int]
+    max_length: int
+
+    def table(self, config: InterpConfig, *, fit: bool) -> TextTable:
+        """The texts of one measurement; ``fit`` includes the halves on which directions are fitted."""
+        texts = {prompt.id: prompt for prompt in self.audit.prompts}
+        scored: set[str] = set()
+        for concept in self.concepts:
+            held = [side for pair in concept.held for side in (pair.positive, pair.negative)]
+            fitted = [side for pair in concept.fit for side in (pair.positive, pair.negative)] if fit else []
+            texts.update((prompt.id, prompt) for prompt in (*held, *fitted))
+            if config.concepts.behaviour:
+                scored.update(prompt.id for prompt in held)
+        return TextTable(tuple(texts[key] for key in sorted(texts)), frozenset(scored))
+
+    def keep(self, names: Sequence[str]) -> Plan:
+        """The same plan with only these concepts: what is left after admission at step 0."""
+        return replace(self, concepts=tuple(concept for concept in self.concepts if concept.name in names))
+
+
+def make_plan(
+    config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_dataset: Any, eval_dataset: Any
+) -> Plan:
+    """Resolve hookpoints, draw audit texts and pairs, render packs, load directions.
+
+    Raises:
+        InterpError: the first thing that is wrong, naming the hookpoint, file or dataset.
+    """
+    tree = layout(model)
+    hookpoints = tuple(point.name for point in resolve_hookpoints(config.hookpoints, tree))
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    limit = min(config.prompts.max_length, _context(tree) or config.prompts.max_length)
+    data = _audit_data(config, train_dataset, eval_dataset)
+    concepts, refused = [], []
+    if config.concepts.pairs:
+        concept, reason = _preference_concept(config, data, tokenizer, limit)
+        concepts += [concept] if concept else []
+        refused += [Refusal(PREFERENCE, "", reason)] if reason else []
+    for name in config.concepts.packs:
+        concept, refusal = _pack_concept(name, config, tokenizer, limit)
+        concepts += [concept] if concept else []
+        refused += [refusal] if refusal else []
+    return Plan(
+        hookpoints=hookpoints,
+        audit=_audit_prompts(config, data, tokenizer, limit, skip=len(concepts[0].fit) if _has_pairs(concepts) else 0),
+        concepts=tuple(concepts),
+        directions=_saved_directions(config, hookpoints, tree),
+        refused=tuple(refused),
+        pad_token_id=_pad_token(tokenizer),
+        skip_ids=frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None),
+        max_length=limit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    dataset: Any
+    name: str
+    source: Source
+
+
+def _audit_data(config: InterpConfig, train_dataset: Any, eval_dataset: Any) -> _Data | None:
+    """The dataset that texts are drawn from; ``None`` where only named prompts are read."""
+    if isinstance(eval_dataset, Mapping):
+        name, eval_dataset = next(iter(eval_dataset.items()), ("", None))
+        evaluation = _Data(eval_dataset, f"eval_dataset[{name!r}]", "evaluation")
+    else:
+        evaluation = _Data(eval_dataset, "eval_dataset", "evaluation")
+    training = _Data(train_dataset, "train_dataset", "training")
+    wanted = {"evaluation": (evaluation,), "training": (training,)}.get(
+        config.prompts.source, (evaluation, training)
+    )
+    for data in wanted:
+        if data.dataset is not None:
+            if config.prompts.source != "named":
+                check_drawable(data.dataset, data.name)
+            return data
+    if config.prompts.source == "named":
+        return None
+    raise PromptError(f"prompts.source: {config.prompts.source}: the trainer has no such dataset")
+
+
+def _audit_prompts(config: InterpConfig, data: _Data | None, tokenizer: Any, limit: int, *, skip: int) -> PromptSet:
+    settings = config.prompts
+    if settings.source == "named":
+        if settings.path is None:
+            raise ConfigError("prompts.path: required with prompts.source: named, found none")
+        audit = PromptSet.from_jsonl(settings.path, tokenizer, max_length=limit, n=settings.n)
+    else:
+        audit = PromptSet.from_rows(
+            draw_rows(
+                data.dataset, tokenizer, n=settings.n, seed=config.seed, max_length=limit, name=data.name, skip=skip
+            ),
+            name=data.name,
+            source=data.source,
+        )
+    units = len({prompt.unit for prompt in audit.prompts})
+    if units < 8:
+        raise PromptError(f"{audit.name}: expected at least 8 prompts to measure on, found {units}")
+    skip_ids = frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None)
+    for prompt in audit.prompts:
+        content_tokens(prompt, settings.tokens, skip_ids)
+    return audit
+
+
+def _preference_concept(
+    config: InterpConfig, data: _Data | None, tokenizer: Any, limit: int
+) -> tuple[ConceptTexts | None, str]:
+    """Pairs for the chosen − rejected direction, or the reason there is none."""
+    if data is None or not (hasattr(data.dataset, "__getitem__") and hasattr(data.dataset, "__len__")):
+        return None, "no pairs can be drawn from a streaming dataset"
+    columns = set(data.dataset[0])
+    if not ({"chosen", "rejected"} <= columns or {"chosen_ids", "rejected_ids"} <= columns):
+        return None, ""  # nothing was promised: this training has no pairs
+    wanted = min(config.concepts.n_pairs, len(data.dataset) // 2 * 2)
+    half = min(wanted // 2, len(data.dataset) // 2)
+    rows = draw_rows(data.dataset, tokenizer, n=2 * half, seed=config.seed, max_length=limit, name=data.name)
+    pairs = [row.pair for row in rows if row.pair is not None]
+    fit, held = _halves(pairs)
+    if min(len(fit), len(held)) < 8:
+        return None, f"expected at least 16 usable preference pairs in {data.name}, found {len(pairs)}"
+    return ConceptTexts(PREFERENCE, fit, held), ""
+
+
+def _halves(pairs: Sequence[ContrastPair]) -> tuple[tuple[ContrastPair, ...], tuple[ContrastPair, ...]]:
+    """First half to fit, second to read; pairs of one prompt stay on the side where the prompt first appeared."""
+    half = len(pairs) // 2
+    fitted = {pair.group for pair in pairs[:half]}
+    return tuple(pairs[:half]), tuple(pair for pair in pairs[half:] if pair.group not in fitted)
+
+
+def _has_pairs(concepts: Sequence[ConceptTexts]) -> bool:
+    return bool(concepts) and concepts[0].name == PREFERENCE
+
+
+def _pack_concept(
+    name: str, config: InterpConfig, tokenizer: Any, limit: int
+) -> tuple[ConceptTexts | None, Refusal | None]:
+    pack = load_pack(name)
+    if tokenizer is None:
+        return None, Refusal(pack.name, "", "the trainer has no tokenizer to read the pack's texts with")
+    pairs = render(pack, tokenizer, limit)
+    fit, held = split(pairs, config.seed)
+    if min(len(fit), len(held)) < 8:
+        return None, Refusal(pack.name, "", f"only {len(pairs)} pairs fit into {limit} tokens, 16 are needed")
+    return ConceptTexts(pack.name, tuple(fit), tuple(held)), None
+
+
+def _saved_directions(config: InterpConfig, hookpoints: Sequence[str], tree: ModelLayout) -> tuple[Direction, ...]:
+    directions = tuple(Direction.load(path) for path in config.concepts.directions)
+    for path, direction in zip(config.concepts.directions, directions, strict=True):
+        if direction.hookpoint not in hookpoints:
+            raise ConfigError(
+                f"concepts.directions: {path}: its hookpoint {direction.hookpoint} is not among the hookpoints read "
+                f"({', '.join(hookpoints)})"
+            )
+        direction.check(tree.d_model)
+    return directions
+
+
+def _context(tree: ModelLayout) -> int | None:
+    settings = tree.causal_lm.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(getattr(settings, name, None), int):
+            return getattr(settings, name)
+    return None
+
+
+def _pad_token(tokenizer: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
