@@ -1,0 +1,47 @@
+"""The ``interp:`` block among a recipe's arguments: one small dataclass for ``trl.TrlParser``, without importing trl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from interp_rlhf.errors import ConfigError
+
+
+@dataclass
+class InterpArguments:
+    """What a recipe hands to :func:`~interp_rlhf.attach`.
+
+    ``TrlParser`` takes a YAML file's values as defaults without converting them, so that under ``--config`` the block
+    stays the mapping it is in the file; on the command line ``--interp PATH`` names a file or a preset.
+
+    Attributes:
+        interp: a mapping of settings, a path of a YAML file, or a preset's name. ``None`` is the preset ``observe``.
+    """
+
+    interp: str | None = field(
+        default=None,
+        metadata={"help": "Measurements: a YAML file or a preset's name; in a YAML config also the block itself."},
+    )
+
+
+def local_path(name: str, what: str) -> str:
+    """A model or dataset name as it is, unless it looks like a local path and nothing is there.
+
+    Args:
+        name: a hub name (``owner/name``) or a local path (starting with ``.``, ``/``, ``~`` or ``demo/``).
+        what: the argument it came from, for the message.
+
+    Raises:
+        ConfigError: the path does not exist.
+    """
+    if name.startswith((".", "/", "~", "demo/")) and not Path(name).expanduser().exists():
+        hint = "; `interp-rlhf demo` writes it" if name.startswith("demo/") else ""
+        raise ConfigError(f"{what}: {name} does not exist{hint}")
+    return name
+
+
+def without_none(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The mapping without its ``None`` values (arguments that were not given)."""
+    return {key: value for key, value in mapping.items() if value is not None}
