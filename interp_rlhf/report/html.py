@@ -1,0 +1,194 @@
+"""One self-contained HTML page about a run: opens offline, asks the network for nothing, same bytes for the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_rlhf.errors import FormatError, InterpError
+from interp_rlhf.measurement import Measurement
+from interp_rlhf.report import figures
+from interp_rlhf.report.tables import CAVEAT, Summary, current, measurements, natural, outside_band, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp_rlhf.audit.store import Run
+
+#: Metrics of the table of all concept readings, in column order, with their headings.
+CONCEPT_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("concept/drift", "drift (SD)"),
+    ("concept/drift_norm", "drift / ‖h‖"),
+    ("concept/auc", "held-out AUC"),
+    ("concept/cosine", "cosine, refitted"),
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as the template needs it: an element id, words, and the JSON that the page's script reads."""
+
+    id: str
+    title: str
+    height: int
+    json: str
+    per_concept: bool
+
+
+def write_report(run: Run, path: str | Path, *, texts: bool = False) -> Path:
+    """Write the report of ``run`` to ``path``, completely or not at all, and return the path.
+
+    Args:
+        run: what ``load_run`` gives.
+        path: the HTML file; its folder must exist.
+        texts: also show the prompts that were read, where the run has kept them. Off by default, because reports
+            are often published together with a model.
+
+    Raises:
+        InterpError: the extra ``report`` is not installed, or the file cannot be written.
+        FormatError: ``run.json`` lacks what the report needs.
+    """
+    page = render_report(run, texts=texts)
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".interp-", suffix=".html", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(page)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InterpError(f"{target}: the report cannot be written ({error.strerror})") from None
+    return target
+
+
+def render_report(run: Run, *, texts: bool = False) -> str:
+    """The page of :func:`write_report` as a string."""
+    template = _template()
+    table = current(run.timeline())
+    tolerance, confidence = _statistics(run)
+    summary = summarise(table, run.events, tolerance=tolerance, confidence=confidence)
+    concepts = _concept_order(table, summary)
+    context = _figures(table, concepts, summary) | _numbers(table, concepts, summary) | _provenance(run)
+    return template.render(
+        summary=summary, concepts=concepts, caveat=CAVEAT, texts=_texts(run) if texts else None,
+        segments=sorted(int(s) for s in table["segment"].unique()), outside_band=outside_band, **context,
+    )  # fmt: skip
+
+
+def _template() -> Any:
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        message = f"the report needs {error.name}, which is not installed: pip install interp-rlhf[report]"
+        raise InterpError(message) from None
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["repr"] = repr
+    environment.globals["plotly_js"] = get_plotlyjs()
+    source = (resources.files("interp_rlhf") / "report" / "template.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _statistics(run: Run) -> tuple[float, float]:
+    try:
+        statistics = run.info["config"]["statistics"]
+        return float(statistics["tolerance"]), float(statistics["confidence"])
+    except (KeyError, TypeError, ValueError) as error:
+        place = Path(run.path) / "run.json"
+        raise FormatError(f"{place}: config.statistics needs tolerance and confidence, found {error}") from None
+
+
+def _concept_order(table: pd.DataFrame, summary: Summary) -> list[str]:
+    """Concepts by absolute drift at the end, then those without a drift there; the picker's and heatmap's order."""
+    ranked = sorted((*summary.moved, *summary.not_detected), key=lambda f: (-abs(f.value), f.readout))
+    names = [finding.readout for finding in ranked]
+    metrics = ("concept/drift", "concept/behaviour", "concept/behaviour_change")
+    rest = set(table.loc[table["metric"].isin(metrics), "readout"]) - set(names)
+    return [*names, *sorted(rest)]
+
+
+def _figures(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> dict[str, Any]:
+    findings = (*summary.moved, *summary.not_detected)
+    single = {
+        "ranking": figures.ranking_panel(findings, summary.tolerance),
+        "heatmap": figures.heatmap_panel(table, concepts, summary.step) if findings else None,
+        "cost": figures.cost_panel(table),
+    }
+    groups = {
+        "drift": figures.drift_panels(table, concepts, summary.tolerance),
+        "behaviour": figures.behaviour_panels(table, concepts),
+        "representation": figures.representation_panels(table),
+    }
+    ranges = figures.drift_ranges(table, concepts, summary.tolerance)
+    return {
+        "single": {name: _chart(name, panel) for name, panel in single.items() if panel is not None},
+        "groups": {name: [_chart(f"{name}-{i}", p) for i, p in enumerate(group)] for name, group in groups.items()},
+        "ranges": _script_json(json.dumps([[round(low, 6), round(high, 6)] for low, high in ranges])),
+    }
+
+
+def _chart(name: str, panel: figures.Panel) -> Chart:
+    text = panel.figure.to_json(engine="json")
+    return Chart(f"fig-{name}", panel.title, int(panel.figure.layout.height), _script_json(text), bool(panel.concepts))
+
+
+def _script_json(text: str) -> Any:
+    """JSON that cannot end the ``<script>`` element it stands in."""
+    import markupsafe
+
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return markupsafe.Markup(text)
+
+
+def _numbers(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> dict[str, Any]:
+    last = measurements(table[table["step"] == summary.step])
+    found = {(row.readout, row.hookpoint, row.metric): row for row in last}
+    hookpoints = sorted({row.hookpoint for row in last if row.hookpoint}, key=natural)
+    wanted = [metric for metric, _ in CONCEPT_COLUMNS]
+    lines: list[tuple[str, str, list[Measurement | None]]] = []
+    for concept in concepts:
+        for hookpoint in hookpoints:
+            cells = [found.get((concept, hookpoint, metric)) for metric in wanted]
+            if any(cells):
+                lines.append((concept, hookpoint, cells))
+    headings = [title for metric, title in CONCEPT_COLUMNS]
+    return {"lines": lines, "headings": headings, "titles": figures.REPRESENTATION_TITLES}
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    plain, nested = {}, {}
+    for key, value in run.info.items():
+        if isinstance(value, Mapping | list | tuple):
+            nested[key] = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+        elif value is not None:
+            plain[key] = str(value)
+    notes = [event["text"] for event in run.events if event["event"] == "note"]
+    digest = hashlib.sha256(json.dumps(dict(run.info), sort_keys=True, default=str).encode()).hexdigest()
+    return {"info": plain, "nested": nested, "notes": notes, "snapshots": list(run.snapshots), "info_sha256": digest}
+
+
+def _texts(run: Run) -> list[Mapping[str, Any]]:
+    folder = Path(run.path).parent / "_interp"
+    lines: list[Mapping[str, Any]] = []
+    for file in sorted(folder.glob("*.jsonl")):
+        try:
+            lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FormatError(f"{file}: expected one JSON object per line, found {error}") from None
+    return lines

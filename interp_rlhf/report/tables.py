@@ -1,0 +1,387 @@
+"""From timeline rows to words and to the few scalars that go to the trainer's log. Pure; pandas at use."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from interp_rlhf.measurement import COLUMNS, Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Representation metrics in the order they are shown.
+REPRESENTATION: tuple[str, ...] = (
+    "representation/cka",
+    "representation/cosine",
+    "representation/norm_ratio",
+    "representation/effective_rank",
+)
+#: Share of the wall-clock time since the start of training that measuring took.
+COST = "cost_fraction"
+
+#: What no report of a single run may leave out.
+CAVEAT = (
+    "No control runs were compared (same data with chosen and rejected swapped at random), "
+    "so nothing here says that these preferences are the reason for a drift."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One concept at the last step.
+
+    Attributes:
+        drift: the ``concept/drift`` row (SD) with the largest absolute value; for a concept that moved, the largest
+            among the hookpoints where it moved. It is a maximum over ``read`` hookpoints, not a draw at random.
+        read: hookpoints with a drift row at the last step.
+        moved_at: hookpoints where the interval lies entirely beyond the tolerance.
+        outside_at: hookpoints where it also lies outside the band of comparable directions.
+        detectable: smallest absolute drift (SD) that would have been called moved at ``drift.hookpoint``:
+            tolerance + half the width of the interval.
+        behaviour: the ``concept/behaviour_change`` row (nats), ``None`` where behaviour was not read.
+    """
+
+    drift: Measurement
+    read: int
+    moved_at: tuple[str, ...]
+    outside_at: tuple[str, ...]
+    detectable: float
+    behaviour: Measurement | None
+
+    @property
+    def readout(self) -> str:
+        """The concept's name."""
+        return self.drift.readout
+
+    @property
+    def hookpoint(self) -> str:
+        """Where the shown drift was read."""
+        return self.drift.hookpoint
+
+    @property
+    def value(self) -> float:
+        """The shown drift, in step-0 standard deviations."""
+        return self.drift.value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Confidence interval of ``value``; findings exist only for rows that have one."""
+        return (_number(self.drift.ci_low), _number(self.drift.ci_high))
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """Band of the drifts of comparable directions, ``None`` where no directions were drawn."""
+        return direction_band(self.drift)
+
+    @property
+    def p(self) -> float | None:
+        """Rank among the comparable directions as a p-value; it answers "more than comparable?", not "moved?"."""
+        return self.drift.p
+
+    @property
+    def outside_band(self) -> bool | None:
+        """Whether the shown drift lies outside the band; ``None`` where there is no band."""
+        return outside_band(self.drift)
+
+    @property
+    def behaviour_changed(self) -> bool | None:
+        """Whether the interval of the behaviour change leaves out 0; ``None`` where there is no interval."""
+        row = self.behaviour
+        if row is None or row.ci_low is None or row.ci_high is None:
+            return None
+        return row.ci_low > 0 or row.ci_high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class NotMeasured:
+    """Something that was asked for and has no number, with the reason in one line."""
+
+    what: str
+    hookpoint: str
+    step: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepresentationLine:
+    """The representation metrics of one hookpoint at the last step, in the order of ``REPRESENTATION``."""
+
+    hookpoint: str
+    rows: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run's timeline says at its last step.
+
+    Attributes:
+        step: the last measured step, ``None`` where nothing was measured.
+        steps: number of measured steps, step 0 included.
+        tolerance: δ in step-0 standard deviations.
+        confidence: coverage of the intervals.
+        moved, not_detected: findings; those outside the band of comparable directions first, then by absolute drift.
+        not_measured: what has no number, and why.
+        moved_without_behaviour: moved findings whose behaviour interval holds 0.
+        behaviour_without_moved: not-detected findings whose behaviour interval leaves out 0.
+        representation: one line per hookpoint.
+        cost: the last cost row, ``None`` where cost was not recorded.
+    """
+
+    step: int | None
+    steps: int
+    tolerance: float
+    confidence: float
+    moved: tuple[Finding, ...]
+    not_detected: tuple[Finding, ...]
+    not_measured: tuple[NotMeasured, ...]
+    moved_without_behaviour: tuple[Finding, ...]
+    behaviour_without_moved: tuple[Finding, ...]
+    representation: tuple[RepresentationLine, ...]
+    cost: Measurement | None
+
+    @property
+    def specific(self) -> tuple[Finding, ...]:
+        """Moved findings outside the band of comparable directions at some hookpoint where they moved."""
+        return tuple(finding for finding in self.moved if finding.outside_at)
+
+
+def summarise(
+    timeline: pd.DataFrame, events: Sequence[Mapping[str, Any]], *, tolerance: float, confidence: float
+) -> Summary:
+    """Sort every concept into moved, not detected and not measured (definitions: ``docs/metrics.md``).
+
+    Args:
+        timeline: Measurement columns and ``superseded``.
+        events: the run's events; ``refused`` and ``failure`` become reasons.
+        tolerance: δ in step-0 standard deviations.
+        confidence: coverage of the timeline's intervals, for the wording.
+    """
+    table = current(timeline)
+    rows = measurements(table[(table["step"] == table["step"].max()) | (table["metric"] == COST)])
+    step = int(table["step"].max()) if len(table) else None
+    moved, not_detected, missing = _sort_concepts(table, [r for r in rows if r.step == step], step, tolerance)
+    costs = [r for r in rows if r.metric == COST]
+    return Summary(
+        step=step,
+        steps=int(table["step"].nunique()),
+        tolerance=tolerance,
+        confidence=confidence,
+        moved=moved,
+        not_detected=not_detected,
+        not_measured=tuple(missing + _from_events(events)),
+        moved_without_behaviour=tuple(f for f in moved if f.behaviour_changed is False),
+        behaviour_without_moved=tuple(f for f in not_detected if f.behaviour_changed is True),
+        representation=_representation([r for r in rows if r.step == step]),
+        cost=max(costs, key=lambda r: r.step) if costs else None,
+    )
+
+
+def current(timeline: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count: not superseded by a resumed segment, the policy on fixed text."""
+    keep = ~timeline["superseded"].astype(bool) & (timeline["text"] == "fixed") & (timeline["reader"] == "policy")
+    return timeline[keep]
+
+
+def measurements(table: pd.DataFrame) -> list[Measurement]:
+    """Table rows as records, missing numbers as ``None``; the inverse of ``Measurement.as_row``."""
+    optional = {"ci_low", "ci_high", "null_low", "null_high", "p"}
+    records: list[Measurement] = []
+    for values in zip(*(table[name].tolist() for name in COLUMNS), strict=True):
+        row = dict(zip(COLUMNS, values, strict=True))
+        row |= {name: None for name in optional if row[name] is None or math.isnan(row[name])}
+        records.append(Measurement(**row))
+    return records
+
+
+def direction_band(row: Measurement) -> tuple[float, float] | None:
+    """The band of comparable directions of a row, ``None`` where its band is of another kind or absent."""
+    if row.null_kind != "directions" or row.null_low is None or row.null_high is None:
+        return None
+    return (row.null_low, row.null_high)
+
+
+def outside_band(row: Measurement) -> bool | None:
+    """Whether the value lies outside the band of comparable directions, ``None`` without such a band."""
+    band = direction_band(row)
+    return None if band is None else not band[0] <= row.value <= band[1]
+
+
+def beyond(row: Measurement, tolerance: float) -> bool:
+    """Whether the whole interval lies beyond ±tolerance, on one side."""
+    return (row.ci_low is not None and row.ci_low > tolerance) or (row.ci_high is not None and row.ci_high < -tolerance)
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name))
+
+
+def headline_key(row: Measurement) -> str:
+    """The log key of a row: ``interp/<metric>/<readout>@<hookpoint>``, parts that are empty left out."""
+    readout = f"/{row.readout}" if row.readout else ""
+    return f"interp/{row.metric}{readout}{f'@{row.hookpoint}' if row.hookpoint else ''}"
+
+
+def headline(rows: Iterable[Measurement], limit: int) -> dict[str, float]:
+    """The at most ``limit`` scalars of one measurement that go to the trainer's log.
+
+    Cost keeps a place of its own. Then come, until the limit: concept drift, representation, behaviour. Drift and
+    representation are filled one hookpoint after the other from the middle of the list outwards, so that a limit
+    shortens the list of hookpoints before the list of concepts. Which keys are chosen depends on the set of keys
+    only, never on values or on row order.
+    """
+    chosen = [row for row in rows if row.text == "fixed" and row.reader == "policy"]
+    hookpoints = sorted({row.hookpoint for row in chosen if row.hookpoint}, key=natural)
+    middle_out = sorted(range(len(hookpoints)), key=lambda i: (abs(i - len(hookpoints) // 2), i))
+    rank = {hookpoints[i]: place for place, i in enumerate(middle_out)} | {"": -1}
+    groups = {COST: 0, "concept/drift": 1} | dict.fromkeys(REPRESENTATION, 2)
+    groups |= {"concept/behaviour_change": 3, "concept/behaviour": 4}
+    keyed = sorted(
+        (groups[row.metric], rank[row.hookpoint], row.metric, row.readout, headline_key(row), row.value)
+        for row in chosen
+        if row.metric in groups
+    )
+    return dict(sorted((key, value) for *_, key, value in keyed[: max(limit, 0)]))
+
+
+def render_text(summary: Summary, *, limit: int = 6) -> str:
+    """The console summary at the end of training: plain language, about thirty lines at most.
+
+    Args:
+        limit: lines per section; the rest is counted.
+    """
+    if summary.step is None:
+        return "\n".join(["interp_rlhf: nothing was measured.", *_missing_lines(summary, limit)])
+    percent = f"{100 * summary.confidence:g} %"
+    lines = [f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}."]
+    lines += _section(
+        f"Moved beyond ±{summary.tolerance:g} SD on these prompts ({percent} intervals; largest over hookpoints)",
+        summary.moved, limit,
+    )  # fmt: skip
+    lines += _section("Not detected (a drift below the size in brackets would not have been)", summary.not_detected, limit)
+    for title, rows in (
+        ("Representation moved, no change of behaviour detected", summary.moved_without_behaviour),
+        ("Behaviour changed, no drift detected", summary.behaviour_without_moved),
+    ):
+        if rows:
+            lines.append(f"{title}: {_names([f.readout for f in rows], limit)}.")
+    lines += _missing_lines(summary, limit)
+    lines += _representation_lines(summary)
+    if summary.cost is not None:
+        lines.append(f"Measuring took {100 * summary.cost.value:.1f} % of the time.")
+    lines.append("After almost any training most directions move; compare with the band before reading meaning into one.")
+    return "\n".join([*lines, CAVEAT])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _sort_concepts(
+    table: pd.DataFrame, rows: Sequence[Measurement], step: int | None, tolerance: float
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...], list[NotMeasured]]:
+    drifts: dict[str, list[Measurement]] = defaultdict(list)
+    missing: list[NotMeasured] = []
+    for row in (r for r in rows if r.metric == "concept/drift"):
+        if step == 0:
+            continue
+        if row.ci_low is None or row.ci_high is None:
+            missing.append(NotMeasured(row.readout, row.hookpoint, step, "the drift has no interval"))
+        else:
+            drifts[row.readout].append(row)
+    changes = {r.readout: r for r in rows if r.metric == "concept/behaviour_change"}
+    findings = [_finding(group, changes.get(name), tolerance) for name, group in drifts.items()]
+    order = sorted(findings, key=lambda f: (not f.outside_at, -abs(f.value), f.readout))
+    missing += _no_longer_read(table, set(drifts) | {m.what for m in missing}, step)
+    return tuple(f for f in order if f.moved_at), tuple(f for f in order if not f.moved_at), missing
+
+
+def _finding(rows: Sequence[Measurement], behaviour: Measurement | None, tolerance: float) -> Finding:
+    rows = sorted(rows, key=lambda r: natural(r.hookpoint))
+    moved = [row for row in rows if beyond(row, tolerance)]
+    shown = max(moved or rows, key=lambda r: abs(r.value))
+    return Finding(
+        drift=shown,
+        read=len(rows),
+        moved_at=tuple(row.hookpoint for row in moved),
+        outside_at=tuple(row.hookpoint for row in moved if outside_band(row)),
+        detectable=tolerance + (_number(shown.ci_high) - _number(shown.ci_low)) / 2,
+        behaviour=behaviour,
+    )
+
+
+def _no_longer_read(table: pd.DataFrame, have: set[str], step: int | None) -> list[NotMeasured]:
+    last = table[table["metric"] == "concept/drift"].groupby("readout")["step"].max()
+    reasons = {
+        name: "only the starting point was measured" if step == 0 else f"last measured at step {at}"
+        for name, at in last.items()
+        if name not in have
+    }
+    return [NotMeasured(str(name), "", step, reason) for name, reason in sorted(reasons.items())]
+
+
+def _from_events(events: Sequence[Mapping[str, Any]]) -> list[NotMeasured]:
+    found: list[NotMeasured] = []
+    for event in events:
+        if event["event"] == "refused":
+            found.append(NotMeasured(event["readout"], event.get("hookpoint") or "", None, event["reason"]))
+        elif event["event"] == "failure":
+            found.append(NotMeasured(event["what"], "", event["step"], event["reason"]))
+    return found
+
+
+def _representation(rows: Sequence[Measurement]) -> tuple[RepresentationLine, ...]:
+    by_hookpoint: dict[str, list[Measurement]] = defaultdict(list)
+    for row in rows:
+        if row.metric in REPRESENTATION:
+            by_hookpoint[row.hookpoint].append(row)
+    return tuple(
+        RepresentationLine(name, tuple(sorted(by_hookpoint[name], key=lambda r: REPRESENTATION.index(r.metric))))
+        for name in sorted(by_hookpoint, key=natural)
+    )
+
+
+def _section(title: str, findings: Sequence[Finding], limit: int) -> list[str]:
+    if not findings:
+        return [f"{title}: none."]
+    lines = [f"{title}:", *(f"  {_finding_line(finding)}" for finding in findings[:limit])]
+    return lines + ([f"  … and {len(findings) - limit} more"] if len(findings) > limit else [])
+
+
+def _finding_line(finding: Finding) -> str:
+    low, high = finding.interval
+    where = f"{finding.hookpoint}, largest of {finding.read}" if finding.read > 1 else finding.hookpoint
+    text = f"{finding.readout}: {finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}] at {where}"
+    if not finding.moved_at:
+        text += f" [{finding.detectable:.2f} SD]"
+    elif finding.outside_band is not None:
+        text += "; more than comparable directions" if finding.outside_band else "; like comparable directions"
+    if finding.behaviour is not None:
+        changed = {True: "changed", False: "no change detected", None: "no interval"}[finding.behaviour_changed]
+        text += f"; behaviour {finding.behaviour.value:+.2f} nats ({changed})"
+    return text
+
+
+def _missing_lines(summary: Summary, limit: int) -> list[str]:
+    missing = summary.not_measured
+    if not missing:
+        return ["Not measured: nothing was left out."]
+    shown = [f"  {m.what or 'all'}{f' at {m.hookpoint}' if m.hookpoint else ''}: {m.reason}" for m in missing[:limit]]
+    return ["Not measured:", *shown] + ([f"  … and {len(missing) - limit} more"] if len(missing) > limit else [])
+
+
+def _representation_lines(summary: Summary) -> list[str]:
+    lines = []
+    for line in summary.representation[-4:]:
+        numbers = ", ".join(f"{row.metric.split('/')[1].replace('_', ' ')} {row.value:.3f}" for row in line.rows)
+        lines.append(f"Representation at {line.hookpoint}: {numbers}.")
+    return lines
+
+
+def _names(names: Sequence[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
