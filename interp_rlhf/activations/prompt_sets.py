@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +146,19 @@ def _named_row(path: Path, number: int, line: str, tokenizer: Any, max_length: i
     if not isinstance(row, dict):
         raise PromptError(f"{place}: expected an object with a prompt, found {type(row).__name__}")
     try:
+        whole = row_texts(row, tokenizer, max_length=sys.maxsize)
         texts = row_texts(row, tokenizer, max_length=max_length)
     except (PromptError, TypeError, ValueError, KeyError) as error:
         raise PromptError(f"{place}: {error}") from None
+    for prompt in (prompt for text in whole for prompt in text.prompts):
+        if not all(isinstance(token, int) and token >= 0 for token in prompt.input_ids):
+            raise PromptError(f"{place}: expected token ids, found {prompt.input_ids[:3]}")
+        room = max_length - (prompt.completion_start < len(prompt.input_ids))
+        if prompt.completion_start > room:
+            raise PromptError(
+                f"{place}: expected a prompt of at most {room} tokens, found {prompt.completion_start} "
+                "(prompts.max_length and the model's context are the limit)"
+            )
     if any(not text.prompts for text in texts):
-        raise PromptError(f"{place}: expected a prompt of 2 to {max_length - 1} tokens, found one that does not fit")
+        raise PromptError(f"{place}: expected a text of at least 2 tokens, two different ones in a preference pair")
     return texts

@@ -1,0 +1,76 @@
+"""What ``run.json`` says about a run: config, versions, and hashes of everything that a comparison depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from interp_rlhf.activations.hookpoints import unwrap_model
+from interp_rlhf.config import InterpConfig
+from interp_rlhf.distributed import World
+from interp_rlhf.plan import Plan
+
+#: Packages whose versions are recorded.
+RECORDED: tuple[str, ...] = ("interp-rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of :data:`RECORDED`; ``None`` where a package is absent."""
+    found: dict[str, str | None] = {}
+    for name in RECORDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def run_info(
+    config: InterpConfig, plan: Plan, model: nn.Module, tokenizer: Any, trainer_class: str, world: World
+) -> dict[str, Any]:
+    """The JSON-ready content of ``run.json``. Hashes of texts, never texts: this file is published with the model."""
+    inner = unwrap_model(model)
+    settings = inner.config
+    return {
+        "config": config.as_mapping(),
+        "versions": versions(),
+        "trainer": trainer_class or None,
+        "model": {
+            "class": type(inner).__name__,
+            "name": getattr(settings, "_name_or_path", "") and str(settings._name_or_path).rstrip("/").split("/")[-1],
+            "config_sha256": _digest(settings.to_json_string()),
+        },
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "chat_template_sha256": _digest(str(tokenizer.chat_template)) if _template(tokenizer) else None,
+        "hookpoints": list(plan.hookpoints),
+        "prompts": {
+            "name": plan.audit.name,
+            "source": plan.audit.source,
+            "n": len(plan.audit.prompts),
+            "skipped": plan.audit.skipped,
+            "sha256": plan.audit.hash,
+            "max_length": plan.max_length,
+        },
+        "world_size": world.size,
+        "seed": config.seed,
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """SHA-256 over the vocabulary (token, id) in id order; ``None`` where there is no tokenizer."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if tokenizer is None:
+        return None
+    return _digest(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
+
+
+def _template(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
