@@ -1,0 +1,281 @@
+"""How far a concept moved: drift along its direction, how well the direction still separates, behaviour beside it.
+
+Rows are sampling units. Several texts of one unit (the two completions of a preference pair) are averaged first with
+:func:`by_unit`, so that an interval counts pairs, not texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_rlhf.drift.estimates import Estimate, estimate
+from interp_rlhf.drift.nulls import (
+    bootstrap_statistic,
+    direction_band,
+    finite,
+    numeric_band,
+    paired_bootstrap,
+    rank_p,
+)
+from interp_rlhf.errors import MeasurementError
+
+
+def by_unit(x: Float[Tensor, "n d"], units: Sequence[str]) -> Float[Tensor, "u d"]:
+    """Mean over the rows of each sampling unit, in order of the unit's first row.
+
+    Args:
+        x: ``[n, d]`` one row per text.
+        units: the unit each row belongs to.
+
+    Raises:
+        MeasurementError: the lengths differ.
+
+    >>> by_unit(torch.tensor([[1.0], [5.0], [3.0]]), ["a", "b", "a"])
+    tensor([[2.],
+            [5.]])
+    """
+    if len(units) != len(x):
+        raise MeasurementError(f"units: expected one per row ({len(x)}), found {len(units)}")
+    place = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
+    rows = torch.tensor([place[unit] for unit in units], device=x.device)
+    sums = x.new_zeros(len(place), x.shape[1]).index_add_(0, rows, x)
+    return sums / torch.bincount(rows, minlength=len(place))[:, None]
+
+
+def standardised_drift(
+    x0: Float[Tensor, "n d"], xt: Float[Tensor, "n d"], v: Float[Tensor, " d"]
+) -> Float[Tensor, " n"]:
+    """``D_i = (X_t,i − X_0,i)·v / SD(X_0·v)``, ``[n]`` in step-0 standard deviations over prompts (n − 1 in the SD).
+
+    Raises:
+        MeasurementError: shapes that do not fit, NaN, or ``X_0·v`` that does not vary over prompts.
+
+    >>> x0 = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])
+    >>> standardised_drift(x0, x0 + torch.tensor([1.0, 7.0]), torch.tensor([1.0, 0.0]))
+    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
+    """
+    a, b = _readings(x0, xt, v)
+    return (b - a) @ v.double().cpu() / _spread(a, v[:, None])
+
+
+def comparison_drifts(
+    x0: Float[Tensor, "n d"], xt: Float[Tensor, "n d"], directions: Float[Tensor, "k d"]
+) -> Float[Tensor, " k"]:
+    """Mean ``D`` along each comparison direction, ``[k]``, each in its own step-0 standard deviations."""
+    a, b = _readings(x0, xt, directions[0])
+    return (b - a).mean(0) @ directions.double().cpu().T / _spread(a, directions.T)
+
+
+def drift_estimate(
+    x0: Float[Tensor, "n d"],
+    xt: Float[Tensor, "n d"],
+    v: Float[Tensor, " d"],
+    comparison: Float[Tensor, "k d"] | None,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """``concept/drift``: mean ``D`` with a paired bootstrap interval, band and rank p of the comparison directions.
+
+    Args:
+        x0, xt: ``[n, d]`` readings of the same sampling units.
+        v: ``[d]`` the concept's direction.
+        comparison: ``[k, d]`` directions of :func:`~interp_rlhf.drift.nulls.covariance_directions`. ``None`` where
+            ``xt`` is a second reading of the step-0 weights: the band then is the numeric floor
+            ``±max |D_i|`` (no drift of a later step inside it counts) and there is no p.
+
+    The SD is a fixed unit of these prompts: the interval does not carry its sampling error (about 1/√(2n) of the
+    value).
+    """
+    d = standardised_drift(x0, xt, v)
+    value = float(d.mean())
+    interval = paired_bootstrap(d, resamples=resamples, confidence=confidence, seed=seed)
+    if comparison is None:
+        band = numeric_band(0.0, d)
+        return estimate("concept/drift", value, len(d), interval=interval, null_kind="numeric", band=band)
+    null = comparison_drifts(x0, xt, comparison)
+    band, p = direction_band(null, confidence), rank_p(value, null)
+    return estimate("concept/drift", value, len(d), interval=interval, null_kind="directions", band=band, p=p)
+
+
+def drift_norm_estimate(
+    x0: Float[Tensor, "n d"],
+    xt: Float[Tensor, "n d"],
+    v: Float[Tensor, " d"],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """``concept/drift_norm``: mean ``(X_t − X_0)·v`` over the mean length of ``X_0``, comparable between layers.
+
+    Raises:
+        MeasurementError: as :func:`standardised_drift`, or step-0 readings that are all 0.
+    """
+    a, b = _readings(x0, xt, v)
+    length = float(a.norm(dim=1).mean())
+    if length == 0:
+        raise MeasurementError("concept/drift_norm: expected step-0 readings of non-zero length, found only 0")
+    moved = (b - a) @ v.double().cpu() / length
+    interval = paired_bootstrap(moved, resamples=resamples, confidence=confidence, seed=seed)
+    return estimate("concept/drift_norm", float(moved.mean()), len(moved), interval=interval)
+
+
+def auc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half.
+
+    Mann & Whitney 1947, U / (n·m). 0.5 is chance, below it the direction points the wrong way.
+
+    Raises:
+        MeasurementError: an empty side or NaN.
+
+    >>> auc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
+    0.875
+    """
+    high, low = finite(positive, "positive scores"), finite(negative, "negative scores").sort().values
+    below = torch.searchsorted(low, high, right=False).sum()
+    up_to = torch.searchsorted(low, high, right=True).sum()
+    return float(below + up_to) / (2 * len(high) * len(low))
+
+
+def auc_estimate(
+    positive: Float[Tensor, " n"],
+    negative: Float[Tensor, " n"],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """``concept/auc`` on held-out pairs, with a bootstrap interval over pairs (a pair is drawn or not as a whole).
+
+    Args:
+        positive, negative: ``[n]`` projections of the two sides of pair i.
+
+    Raises:
+        MeasurementError: the lengths differ, fewer than 2 pairs, or NaN.
+    """
+    n = _pairs("concept/auc", positive, negative)
+    a, b = finite(positive, "positive scores"), finite(negative, "negative scores")
+    wins = (a[:, None] > b[None, :]).double() + 0.5 * (a[:, None] == b[None, :]).double()
+    interval = bootstrap_statistic(
+        lambda counts: ((counts @ wins) * counts).sum(1) / n**2,
+        n, resamples=resamples, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    return estimate("concept/auc", auc(positive, negative), n, interval=interval)
+
+
+def refit_cosine_estimate(
+    positive_0: Float[Tensor, "n d"],
+    negative_0: Float[Tensor, "n d"],
+    positive_t: Float[Tensor, "n d"],
+    negative_t: Float[Tensor, "n d"],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """``concept/cosine``: cosine of the direction refitted on the same pairs to the step-0 one.
+
+    Both directions are differences in means over the same pairs. A resample refits both on the pairs it drew: with
+    the step-0 direction held fixed, noise in the refit alone would put the interval below 1 even where nothing
+    changed. Exactly 1 with the interval (1, 1) where nothing changed.
+
+    Raises:
+        MeasurementError: shapes that differ, NaN, or a difference in means of length 0.
+    """
+    n = _pairs("concept/cosine", positive_0, negative_0, positive_t, negative_t)
+    start, now = (
+        finite(p, "positive readings").double() - finite(q, "negative readings").double()
+        for p, q in ((positive_0, negative_0), (positive_t, negative_t))
+    )
+    cross, own_0, own_t = start @ now.T, start @ start.T, now @ now.T
+
+    def cosines(counts: Tensor) -> Tensor:
+        dot, square_0, square_t = (((counts @ gram) * counts).sum(1) for gram in (cross, own_0, own_t))
+        return (dot / (square_0 * square_t).sqrt()).clamp(-1, 1)
+
+    value = float(cosines(torch.ones(1, n, dtype=torch.float64)))
+    if not math.isfinite(value):
+        raise MeasurementError(f"concept/cosine: the positive and negative means of {n} pairs do not differ")
+    interval = bootstrap_statistic(cosines, n, resamples=resamples, confidence=confidence, seed=seed)
+    return estimate("concept/cosine", value, n, interval=interval)
+
+
+def behaviour_estimate(
+    gap_t: Float[Tensor, " n"], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """``concept/behaviour``: mean gap ``log p(positive) − log p(negative)`` on held-out pairs, nats.
+
+    Args:
+        gap_t: ``[n]`` gap of the summed completion log-probabilities of each pair.
+    """
+    interval = paired_bootstrap(gap_t, resamples=resamples, confidence=confidence, seed=seed)
+    return estimate("concept/behaviour", float(gap_t.double().mean()), len(gap_t), interval=interval)
+
+
+def behaviour_change_estimate(
+    gap_0: Float[Tensor, " n"],
+    gap_t: Float[Tensor, " n"],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """``concept/behaviour_change``: mean over pairs of the gap now minus the same pair's gap at step 0, nats."""
+    n = _pairs("concept/behaviour_change", gap_0, gap_t)
+    change = gap_t.double() - gap_0.double()
+    interval = paired_bootstrap(change, resamples=resamples, confidence=confidence, seed=seed)
+    return estimate("concept/behaviour_change", float(change.mean()), n, interval=interval)
+
+
+def admit(auc_held: float, auc_low: float, auc_baseline: float) -> str | None:
+    """Why a concept is refused on this model at this hookpoint; ``None`` where it is admitted.
+
+    Args:
+        auc_held: AUC of the step-0 direction on held-out pairs.
+        auc_low: lower bootstrap bound of it; has to be above 0.5.
+        auc_baseline: AUC of a bag-of-tokens classifier on the same split; has to be below ``auc_held``.
+
+    >>> admit(0.9, 0.8, 0.7)
+    >>> admit(0.6, 0.45, 0.5)
+    'held-out AUC 0.600 is not better than chance (lower bound 0.450)'
+    >>> admit(0.8, 0.7, 0.95)
+    'held-out AUC 0.800 does not beat the bag-of-tokens baseline 0.950'
+    """
+    if not auc_low > 0.5:
+        return f"held-out AUC {auc_held:.3f} is not better than chance (lower bound {auc_low:.3f})"
+    if not auc_held > auc_baseline:
+        return f"held-out AUC {auc_held:.3f} does not beat the bag-of-tokens baseline {auc_baseline:.3f}"
+    return None
+
+
+def _readings(x0: Tensor, xt: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if x0.ndim != 2 or x0.shape != xt.shape or v.shape != x0.shape[1:]:
+        raise MeasurementError(
+            f"concept: expected readings [n, d] twice and a direction [d], found {tuple(x0.shape)}, "
+            f"{tuple(xt.shape)} and {tuple(v.shape)}"
+        )
+    finite(v, "direction")
+    return finite(x0, "step-0 readings").double(), finite(xt, "readings").double()
+
+
+def _spread(x0: Tensor, directions: Tensor) -> Tensor:
+    """SD over rows of ``x0 @ directions``: ``[k]`` for directions ``[d, k]``."""
+    centred = x0 - x0.mean(0)
+    spread = (centred @ directions.double().cpu()).std(0)
+    if len(x0) < 2 or not bool((spread > 1e-12 * x0.norm()).all()):
+        raise MeasurementError(f"concept/drift: the step-0 projections of {len(x0)} prompts do not vary (SD 0)")
+    return spread
+
+
+def _pairs(metric: str, *sides: Tensor) -> int:
+    shapes = {tuple(side.shape) for side in sides}
+    if len(shapes) != 1:
+        raise MeasurementError(f"{metric}: expected sides of one shape, found {' and '.join(map(str, sorted(shapes)))}")
+    return len(sides[0])
