@@ -53,13 +53,21 @@ def row(metric: str, readout: str, hookpoint: str, step: int, value: float, **ch
         "null_low": None, "null_high": None, "p": None, "n": 64, "tier": "B" if readout else "A", "unit": "1",
     }  # fmt: skip
     return Measurement(
-        **(fields | {"step": step, "metric": metric, "readout": readout, "hookpoint": hookpoint, "value": value} | changes)
+        **(
+            fields
+            | {"step": step, "metric": metric, "readout": readout, "hookpoint": hookpoint, "value": value}
+            | changes
+        )
     )
 
 
 def drift_row(readout: str, hookpoint: str, step: int, value: float, **changes: Any) -> Measurement:
     """A ``concept/drift`` row with interval ±0.05 and the comparison band ±0.4."""
-    band = {"null_kind": "directions", "null_low": -0.4, "null_high": 0.4} if step else {"null_low": -1e-6, "null_high": 1e-6}
+    band = (
+        {"null_kind": "directions", "null_low": -0.4, "null_high": 0.4}
+        if step
+        else {"null_low": -1e-6, "null_high": 1e-6}
+    )
     usual = {"ci_low": value - 0.05, "ci_high": value + 0.05, "p": 0.02 if step else None, "unit": "sd"} | band
     return row("concept/drift", readout, hookpoint, step, value, **(usual | changes))
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#555555")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 INK, GRID, BAND = "#1c2330", "#e6e9ee", "rgba(110,118,130,0.16)"
 
 #: Axis titles of the representation metrics.
@@ -43,11 +44,13 @@ class Panel:
         title: plain text above the figure.
         figure: the plotly figure.
         concepts: indices of the concepts it has traces for; empty for figures that show no single concept.
+        min_width: pixels below which the figure scrolls instead of shrinking; 0 shrinks freely.
     """
 
     title: str
     figure: go.Figure
     concepts: tuple[int, ...] = ()
+    min_width: int = 0
 
 
 def drift_panels(table: pd.DataFrame, concepts: Sequence[str], tolerance: float) -> list[Panel]:
@@ -134,7 +137,10 @@ def ranking_panel(findings: Sequence[Finding], tolerance: float) -> Panel | None
     figure.update_xaxes(title="drift (SD of step 0)", zeroline=True, zerolinecolor=INK, rangemode="normal")
     _name_axis(figure, [f.readout for f in ranked])
     figure.update_layout(
-        showlegend=True, barmode="overlay", bargap=0.45, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+        showlegend=True,
+        barmode="overlay",
+        bargap=0.45,
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
     )
     return Panel("Largest drift over hookpoints, at the last step", figure)
 
@@ -149,10 +155,12 @@ def heatmap_panel(table: pd.DataFrame, concepts: Sequence[str], step: int) -> Pa
     grid: list[list[float | None]] = [[None] * len(where) for _ in names]
     text = [[""] * len(where) for _ in names]
     places = {name: i for i, name in enumerate(names)}
-    outside = (rows["null_kind"] == "directions") & ((rows["value"] < rows["null_low"]) | (rows["value"] > rows["null_high"]))
+    outside = (rows["null_kind"] == "directions") & (
+        (rows["value"] < rows["null_low"]) | (rows["value"] > rows["null_high"])
+    )
     for name, hookpoint, value, out in zip(rows["readout"], rows["hookpoint"], rows["value"], outside, strict=True):
         i, j = places[name], where.index(hookpoint)
-        grid[i][j], text[i][j] = float(value), f"{value:+.2f}{'*' if out else ''}"
+        grid[i][j], text[i][j] = float(value), f"{value:+.2f}{'*' if out else ''}".replace("-", "−")
     limit = float(rows["value"].abs().max()) or 1.0
     figure = _figure("", height=110 + 26 * len(names))
     figure.add_heatmap(
@@ -163,11 +171,11 @@ def heatmap_panel(table: pd.DataFrame, concepts: Sequence[str], step: int) -> Pa
     )  # fmt: skip
     _name_axis(figure, names)
     figure.update_xaxes(
-        title=None, tickvals=list(range(len(where))), ticktext=[label(h, 24) for h in where], side="top", showgrid=False,
-        tickangle=0 if len(where) <= 4 else -35, ticks="",
+        title=None, tickvals=list(range(len(where))), ticktext=[label(h, 24) for h in where], side="top",
+        showgrid=False, tickangle=0 if len(where) <= 4 else -35, ticks="",
     )  # fmt: skip
     figure.update_yaxes(showgrid=False)
-    return Panel("Drift per concept and hookpoint at the last step", figure)
+    return Panel("Drift per concept and hookpoint at the last step", figure, min_width=250 + 100 * len(where))
 
 
 def hookpoints_of(table: pd.DataFrame) -> list[str]:
@@ -191,7 +199,7 @@ def _figure(y_title: str, *, height: int) -> go.Figure:
         layout={
             "template": go.layout.Template(),
             "height": height,
-            "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif", "color": INK, "size": 12},
+            "font": {"family": FONT, "color": INK, "size": 12},
             "margin": {"l": 8, "r": 12, "t": 10, "b": 8},
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
@@ -274,10 +282,12 @@ def _ranking_trace(chosen: Sequence[tuple[int, Finding]], filled: bool, name: st
         "marker": {"color": COLOURS[0] if filled else "#ffffff", "line": {"color": COLOURS[0], "width": 1.5}},
         "error_x": {
             "type": "data", "symmetric": False, "thickness": 1.5, "width": 4, "color": INK,
-            "array": [f.interval[1] - f.value for _, f in chosen], "arrayminus": [f.value - f.interval[0] for _, f in chosen],
+            "array": [f.interval[1] - f.value for _, f in chosen],
+            "arrayminus": [f.value - f.interval[0] for _, f in chosen],
         },
-        "customdata": [[label(f.readout), label(f.hookpoint), f"{f.interval[0]:.3f}", f"{f.interval[1]:.3f}"] for _, f in chosen],
-        "hovertemplate": "%{customdata[0]} at %{customdata[1]}<br>%{x:.3f} SD [%{customdata[2]}, %{customdata[3]}]<extra></extra>",
+        "customdata": [[label(f.readout), label(f.hookpoint), *(f"{end:.3f}" for end in f.interval)] for _, f in chosen],
+        "hovertemplate": "%{customdata[0]} at %{customdata[1]}<br>%{x:.3f} SD [%{customdata[2]}, %{customdata[3]}]"
+        "<extra></extra>",
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: opens offline, asks the network for nothing, same bytes for the same run."""
+"""One self-contained HTML page about a run: opens offline, asks the network for nothing, same bytes for a run."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Chart:
     id: str
     title: str
     height: int
+    min_width: int
     json: str
     per_concept: bool
 
@@ -96,7 +97,11 @@ def _template() -> Any:
         message = f"the report needs {error.name}, which is not installed: pip install interp-rlhf[report]"
         raise InterpError(message) from None
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["repr"] = repr
     environment.globals["plotly_js"] = get_plotlyjs()
@@ -144,7 +149,14 @@ def _figures(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> 
 
 def _chart(name: str, panel: figures.Panel) -> Chart:
     text = panel.figure.to_json(engine="json")
-    return Chart(f"fig-{name}", panel.title, int(panel.figure.layout.height), _script_json(text), bool(panel.concepts))
+    return Chart(
+        f"fig-{name}",
+        panel.title,
+        int(panel.figure.layout.height),
+        panel.min_width,
+        _script_json(text),
+        bool(panel.concepts),
+    )
 
 
 def _script_json(text: str) -> Any:

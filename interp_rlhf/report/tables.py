@@ -258,12 +258,12 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
     if summary.step is None:
         return "\n".join(["interp_rlhf: nothing was measured.", *_missing_lines(summary, limit)])
     percent = f"{100 * summary.confidence:g} %"
-    lines = [f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}."]
-    lines += _section(
-        f"Moved beyond ±{summary.tolerance:g} SD on these prompts ({percent} intervals; largest over hookpoints)",
-        summary.moved, limit,
-    )  # fmt: skip
-    lines += _section("Not detected (a drift below the size in brackets would not have been)", summary.not_detected, limit)
+    lines = [
+        f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}. Drift in standard deviations (SD)",
+        f"of step 0, {percent} intervals, at the hookpoint where it is largest; * outside the band of comparable directions.",
+    ]
+    lines += _section(f"Moved beyond ±{summary.tolerance:g} SD on these texts", summary.moved, limit)
+    lines += _section("Not detected", summary.not_detected, limit)
     for title, rows in (
         ("Representation moved, no change of behaviour detected", summary.moved_without_behaviour),
         ("Behaviour changed, no drift detected", summary.behaviour_without_moved),
@@ -274,7 +274,7 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
     lines += _representation_lines(summary)
     if summary.cost is not None:
         lines.append(f"Measuring took {100 * summary.cost.value:.1f} % of the time.")
-    lines.append("After almost any training most directions move; compare with the band before reading meaning into one.")
+    lines.append("After almost any training most directions move; only those marked * moved more than comparable ones.")
     return "\n".join([*lines, CAVEAT])
 
 
@@ -349,22 +349,23 @@ def _representation(rows: Sequence[Measurement]) -> tuple[RepresentationLine, ..
 def _section(title: str, findings: Sequence[Finding], limit: int) -> list[str]:
     if not findings:
         return [f"{title}: none."]
-    lines = [f"{title}:", *(f"  {_finding_line(finding)}" for finding in findings[:limit])]
-    return lines + ([f"  … and {len(findings) - limit} more"] if len(findings) > limit else [])
+    names = max(len(finding.readout) for finding in findings[:limit])
+    where = max(len(finding.hookpoint) for finding in findings[:limit])
+    lines = [f"{title}:", *(_finding_line(finding, min(names, 28), where) for finding in findings[:limit])]
+    return lines + ([f"    … and {len(findings) - limit} more"] if len(findings) > limit else [])
 
 
-def _finding_line(finding: Finding) -> str:
+def _finding_line(finding: Finding, names: int, where: int) -> str:
     low, high = finding.interval
-    where = f"{finding.hookpoint}, largest of {finding.read}" if finding.read > 1 else finding.hookpoint
-    text = f"{finding.readout}: {finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}] at {where}"
+    mark = "*" if finding.outside_at else " "
+    number = f"{finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}]"
+    text = f"  {mark} {finding.readout:<{names}}  {number}  {finding.hookpoint:<{where}}"
     if not finding.moved_at:
-        text += f" [{finding.detectable:.2f} SD]"
-    elif finding.outside_band is not None:
-        text += "; more than comparable directions" if finding.outside_band else "; like comparable directions"
+        text += f"  (smallest detectable {finding.detectable:.2f})"
     if finding.behaviour is not None:
         changed = {True: "changed", False: "no change detected", None: "no interval"}[finding.behaviour_changed]
-        text += f"; behaviour {finding.behaviour.value:+.2f} nats ({changed})"
-    return text
+        text += f"  behaviour {finding.behaviour.value:+.2f} nats, {changed}"
+    return text.rstrip()
 
 
 def _missing_lines(summary: Summary, limit: int) -> list[str]:
