@@ -23,6 +23,7 @@ from interp_rlhf.drift.nulls import (
     rank_p,
 )
 from interp_rlhf.errors import MeasurementError
+from interp_rlhf.readouts.separation import auc
 
 
 def by_unit(x: Float[Tensor, "n d"], units: Sequence[str]) -> Float[Tensor, "u d"]:
@@ -125,23 +126,6 @@ def drift_norm_estimate(
     moved = (b - a) @ v.double().cpu() / length
     interval = paired_bootstrap(moved, resamples=resamples, confidence=confidence, seed=seed)
     return estimate("concept/drift_norm", float(moved.mean()), len(moved), interval=interval)
-
-
-def auc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half.
-
-    Mann & Whitney 1947, U / (n·m). 0.5 is chance, below it the direction points the wrong way.
-
-    Raises:
-        MeasurementError: an empty side or NaN.
-
-    >>> auc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
-    0.875
-    """
-    high, low = finite(positive, "positive scores"), finite(negative, "negative scores").sort().values
-    below = torch.searchsorted(low, high, right=False).sum()
-    up_to = torch.searchsorted(low, high, right=True).sum()
-    return float(below + up_to) / (2 * len(high) * len(low))
 
 
 def auc_estimate(
