@@ -20,23 +20,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from interp_rlhf.activations.reference import Reference, check_is_start, find_reference, reading_difference
-from interp_rlhf.audit.store import RunStore
+from interp_rlhf.audit.store import RunStore, load_run
 from interp_rlhf.audit.timeline import to_frame
-from interp_rlhf.baseline import Baseline, baseline_from_snapshot, fit_baseline
+from interp_rlhf.baseline import Baseline, baseline_tensors, direction_tensors, fit_baseline, reading_tensors, stored_readings
 from interp_rlhf.config import InterpConfig
-from interp_rlhf.distributed import World, agree, barrier, join_world, run_on_main
-from interp_rlhf.errors import InterpError, MeasurementError
+from interp_rlhf.distributed import World, barrier, join_world, run_on_main
+from interp_rlhf.errors import MeasurementError
 from interp_rlhf.measurement import Measurement
-from interp_rlhf.measuring import cost_rows, drift_rows
-from interp_rlhf.plan import Plan, make_plan
+from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
+from interp_rlhf.plan import Plan, TextTable, make_plan
 from interp_rlhf.provenance import run_info
 from interp_rlhf.reading import Reading, ShardedForwardError, read_table
 from interp_rlhf.report.tables import headline, render_text, summarise
@@ -51,20 +52,22 @@ log = logging.getLogger("interp_rlhf")
 
 @dataclass
 class _Run:
-    """What changes while one ``train()`` runs. Files and statistics belong to the main process (``store``)."""
+    """What changes while one ``train()`` runs. Files and statistics belong to the main process."""
 
     model: nn.Module
     world: World
-    store: RunStore | None
-    segment: int
     reference: Reference
-    baseline: Baseline | None = None
+    store: RunStore | None = None  # main process only
+    segment: int = 0
+    baseline: Baseline | None = None  # main process only
+    table: TextTable | None = None  # what a measurement reads; None until step 0 was measured
+    start_means: Mapping[str, Tensor] = field(default_factory=dict)
+    reading: Reading | None = None
+    rows: tuple[Measurement, ...] = ()
     measured_step: int = -1
     saved_step: int = -1
-    rows: tuple[Measurement, ...] = ()
     began: float = field(default_factory=time.monotonic)
     spent: float = 0.0
-    failures: int = 0
 
 
 class InterpCallback(TrainerCallback):
@@ -81,6 +84,7 @@ class InterpCallback(TrainerCallback):
         self.config = InterpConfig.resolve(config)
         self.rows_reach_the_log = False
         self.trainer_class = ""
+        self.output_dir: Path | None = None
         self._plan: Plan | None = None
         self._ref_model: nn.Module | None = None
         self._tokenizer: Any = None
@@ -92,28 +96,26 @@ class InterpCallback(TrainerCallback):
         self, *, model: nn.Module, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: Any, ref_model: Any
     ) -> None:
         """Plan the run. Raises :class:`InterpError` for wrong input, before anything has been trained."""
-        self._plan = make_plan(
-            self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
-        )
-        self._tokenizer = tokenizer
-        self._ref_model = ref_model
         find_reference("auto" if self.config.reference == "copy" else self.config.reference, model, ref_model)
-        every, logging_steps = self.config.schedule.every, getattr(args, "logging_steps", 0)
-        if logging_steps and logging_steps >= 1 and every % int(logging_steps):
+        self._plan = make_plan(self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self._tokenizer, self._ref_model = tokenizer, ref_model
+        self.output_dir = Path(args.output_dir)
+        every, logging_steps = self.config.schedule.every, getattr(args, "logging_steps", 0) or 0
+        if logging_steps >= 1 and every % int(logging_steps):
             log.warning("schedule.every=%d rounds up to steps that log (logging_steps=%d)", every, logging_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the segment and measure step 0 (or load its readings when a run is resumed)."""
+        """Open the segment and measure step 0 (or take its readings from disk when a run is resumed)."""
         model = kwargs["model"]
         if self._plan is None:
             self._prepare_bare(args, model, kwargs)
-        world = join_world()
-        store = RunStore(Path(args.output_dir)) if world.is_main else None
-        resumed_from = state.global_step or None
+        world, step = join_world(), state.global_step
+        run = self._run = _Run(model, world, find_reference(self.config.reference, model, self._ref_model))
+        if world.is_main:
+            run.store = RunStore(args.output_dir)
         info = run_info(self.config, self._plan, model, self._tokenizer, self.trainer_class, world)
-        segment = run_on_main(lambda: store.start(info, resumed_from=resumed_from), world)
-        self._run = _Run(model, world, store, segment, find_reference(self.config.reference, model, self._ref_model))
-        self._guarded(state.global_step, "the baseline", lambda: self._measure_start(state.global_step))
+        run.segment = run_on_main(lambda: run.store.start(info, resumed_from=step or None), world)
+        self._guarded(step, "the baseline", lambda: self._start(step))
 
     def _prepare_bare(self, args: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         log.warning("bare InterpCallback: timeline and snapshots only; attach(trainer) also fills the trainer's log")
@@ -127,35 +129,68 @@ class InterpCallback(TrainerCallback):
             ref_model=None,
         )
 
-    def _measure_start(self, step: int) -> None:
-        run, plan = self._current(), self._plan
+    # -- step 0 ----------------------------------------------------------------------------------------------------
+
+    def _start(self, step: int) -> None:
+        """Read θ_0 twice, or load both readings where the run is resumed; fit, admit, record, snapshot."""
+        run, plan, began = self._run, self._plan, time.monotonic()
         table = plan.table(self.config, fit=True)
-        stored = run_on_main(run.store.baseline, run.world) if step else None
-        if stored is not None:
-            run.baseline = baseline_from_snapshot(plan, table, stored, self.config)
-            run.measured_step = step
-            return
-        began = time.monotonic()
+        stored = run_on_main(lambda: self._stored_start(table), run.world) if step else None
+        first, again = stored or self._read_start(step, table)
+        names = run_on_main(lambda: self._fit(table, first, again), run.world)
+        run.table = plan.keep(names).table(self.config, fit=self.config.concepts.refit)
+        rows = table.rows(run.table.prompts)
+        run.start_means = {name: value[rows] for name, value in first.means.items()}
+        if not stored:
+            run_on_main(lambda: self._record_start(step, table, first, again, began), run.world)
+        run.measured_step = step
+
+    def _stored_start(self, table: TextTable) -> tuple[Reading, Reading] | None:
+        tensors = self._run.store.baseline()
+        return None if tensors is None else stored_readings(tensors, self._plan, table)
+
+    def _read_start(self, step: int, table: TextTable) -> tuple[Reading, Reading]:
+        run = self._run
         first = self._read(table, run.model)
-        again = self._read(table, run.model, side="left", longest_first=False)
         if run.reference.kind != "cached":
             with run.reference.reading() as frozen:
-                check_is_start(run.reference.kind, reading_difference(first.means, self._read(table, frozen).means))
-        run.baseline = run_on_main(lambda: fit_baseline(plan, first, again, self.config), run.world)
-        self._record(step, first, run.baseline.start_rows(run.segment, step), began)
-        run_on_main(lambda: self._snapshot(step, first), run.world)
+                difference = reading_difference(first.means, self._read(table, frozen).means)
+            check_is_start(run.reference.kind, difference)
+        if step:
+            log.warning("resumed at step %d without readings of step 0: drift is counted from here", step)
+        return first, self._read(table, run.model, side="left", longest_first=False)
+
+    def _fit(self, table: TextTable, first: Reading, again: Reading) -> list[str]:
+        run = self._run
+        run.baseline = fit_baseline(self._plan, table, first, again, self.config)
+        for refusal in run.baseline.refused:
+            run.store.event("refused", **asdict(refusal))
+        return [concept.name for concept in run.baseline.concepts]
+
+    def _record_start(self, step: int, table: TextTable, first: Reading, again: Reading, began: float) -> None:
+        run = self._run
+        rows = start_rows(run.baseline, self.config, run.segment, step)
+        self._record(step, rows, first.tokens + again.tokens, began)
+        decode = getattr(getattr(self._tokenizer, "tokenizer", self._tokenizer), "decode", None)
+        if decode is not None:
+            run.store.texts("texts", ({"id": p.id, "text": decode(list(p.input_ids))} for p in table.prompts))
+        self._snapshot(step, baseline_tensors(first, again) | direction_tensors(run.baseline))
 
     # -- during training -------------------------------------------------------------------------------------------
 
     def before_log(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """The headline scalars of a due measurement, for the row that is about to be logged; usually empty."""
-        if self._run is None or any(key.startswith("eval_") for key in logs):
+        run, step = self._run, state.global_step
+        if run is None or step == run.measured_step or any(key.startswith("eval_") for key in logs):
             return {}
-        step = state.global_step
-        if step != self._run.measured_step and (self._due(step, state) or "train_runtime" in logs):
-            self._guarded(step, "a measurement", lambda: self._measure(step))
-            return headline(self._run.rows, self.config.headline) if self._run.measured_step == step else {}
-        return {}
+        if not (self._due(step, state) or "train_runtime" in logs):
+            return {}
+        self._guarded(step, "a measurement", lambda: self._measure(step))
+        return headline(run.rows, self.config.headline) if run.measured_step == step else {}
+
+    def _due(self, step: int, state: Any) -> bool:
+        every, last = self.config.schedule.every, max(self._run.measured_step, 0)
+        return step >= (last // every + 1) * every or step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """A bare callback measures here; an attached one has done so before the row was logged."""
@@ -164,68 +199,113 @@ class InterpCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure exactly the saved weights and write the snapshot beside them."""
-        if self._run is None or self._run.saved_step == state.global_step:
+        run, step = self._run, state.global_step
+        if run is None or run.saved_step == step:
             return
-        step = state.global_step
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
-
-        def measure_and_snapshot() -> None:
-            run = self._current()
-            reading = self._measure(step) if run.measured_step != step else None
-            barrier(run.world)
-            run_on_main(lambda: self._snapshot(step, reading, checkpoint), run.world)
-            run.saved_step = step
-
-        self._guarded(step, "the snapshot of a checkpoint", measure_and_snapshot)
+        self._guarded(step, "the snapshot of a checkpoint", lambda: self._measure_and_keep(step, checkpoint))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the end where it was not, write the last snapshot, the summary and the report."""
-        run = self._run
+        run, step = self._run, state.global_step
         if run is None:
             return
-        step = state.global_step
-
-        def finish() -> None:
-            reading = self._measure(step) if run.measured_step != step else None
-            if run.saved_step != step:
-                run_on_main(lambda: self._snapshot(step, reading), run.world)
-
-        self._guarded(step, "the end", finish)
-        if run.world.is_main:
-            self._guarded_main(step, "the report", self._tell)
+        if run.saved_step != step:
+            self._guarded(step, "the end", lambda: self._measure_and_keep(step, None))
+        self._guarded(step, "the report", lambda: run_on_main(self._tell, run.world))
 
     # -- one measurement -------------------------------------------------------------------------------------------
 
-    def _due(self, step: int, state: Any) -> bool:
-        every, last = self.config.schedule.every, max(self._current().measured_step, 0)
-        return step >= (last // every + 1) * every or step >= state.max_steps
-
-    def _measure(self, step: int) -> Reading:
+    def _measure(self, step: int) -> None:
         """Capture → read → drift → record, on all ranks; statistics and files on the main process."""
-        run = self._current()
-        if run.baseline is None:
-            raise MeasurementError(f"step {step}: there is no baseline to compare with (it failed at the start)")
-        began = time.monotonic()
-        baseline = run.baseline
-        reading = self._read(baseline.table, run.model)
+        run, began = self._run, time.monotonic()
+        if run.table is None:
+            raise MeasurementError(f"step {step}: nothing to compare with, since measuring the start failed")
+        reading = self._read(run.table, run.model)
         if run.reference.kind != "cached":
             with run.reference.reading() as frozen:
-                moved = reading_difference(baseline.start_means, self._read(baseline.table, frozen).means)
+                moved = reading_difference(run.start_means, self._read(run.table, frozen).means)
             check_is_start(run.reference.kind, moved)
-        rows = run_on_main(lambda: drift_rows(baseline, reading, self.config, run.segment, step), run.world)
-        self._record(step, reading, rows, began)
-        return reading
+        run.rows = run_on_main(lambda: self._compare(step, reading, began), run.world)
+        run.reading, run.measured_step = reading, step
 
-    def _read(self, table: Any, model: nn.Module, **order: Any) -> Reading:
-        return read_table(model, table, self._plan, self.config, self._current().world, **order)
+    def _compare(self, step: int, reading: Reading, began: float) -> tuple[Measurement, ...]:
+        rows = drift_rows(self._run.baseline, reading, self.config, self._run.segment, step)
+        return self._record(step, rows, reading.tokens, began)
 
-    def _record(self, step: int, reading: Reading, rows: Sequence[Measurement], began: float) -> None:
-        run = self._current()
-        run.spent += time.monotonic() - began
-        elapsed = time.monotonic() - run.began
-        cost = run_on_main(
-            lambda: cost_rows(run.segment, step, time.monotonic() - began, run.spent / elapsed, reading.tokens), run.world
+    def _measure_and_keep(self, step: int, checkpoint: Path | None) -> None:
+        run = self._run
+        if run.measured_step != step:
+            self._measure(step)
+        barrier(run.world)  # every rank has finished writing its part of the checkpoint
+        run_on_main(lambda: self._snapshot(step, reading_tensors(run.reading), checkpoint), run.world)
+        run.saved_step = step
+
+    def _read(self, table: TextTable, model: nn.Module, **order: Any) -> Reading:
+        return read_table(model, table, self._plan, self.config, self._run.world, **order)
+
+    def _record(self, step: int, rows: Sequence[Measurement], tokens: int, began: float) -> tuple[Measurement, ...]:
+        """Append to the timeline with the cost of getting here; gives all rows of the measurement."""
+        run, now = self._run, time.monotonic()
+        run.spent += now - began
+        cost = cost_rows(
+            run.baseline, run.segment, step, seconds=now - began, fraction=run.spent / (now - run.began), tokens=tokens
         )
         run.rows = (*rows, *cost)
-        run_on_main(lambda: run.store.append(run.rows), run.world)
-        run.measured_step = step
+        run.store.append(run.rows)
+        return run.rows
+
+    def _snapshot(self, step: int, tensors: Mapping[str, Tensor], checkpoint: Path | None = None) -> None:
+        run = self._run
+        if not self.config.snapshots.enabled and step:
+            return
+        run.store.snapshot(
+            step,
+            run.rows,
+            tensors,
+            checkpoint=checkpoint,
+            captured={"hookpoints": list(self._plan.hookpoints), "texts": self._plan.audit.hash},
+            cost={"seconds_so_far": run.spent},
+            keep=self.config.snapshots.keep,
+        )
+
+    def _guarded(self, step: int, what: str, work: Callable[[], None]) -> None:
+        """Run ``work``; a failure is recorded and warned about, and ends the run only where that was asked for."""
+        run = self._run
+        try:
+            work()
+        except ShardedForwardError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if self.config.on_error == "raise":
+                raise
+            log.warning("step %d: %s failed, training goes on: %s", step, what, reason)
+            log.debug("traceback", exc_info=error)
+            if run.store is not None and run.segment:
+                run.store.event("failure", step=step, what=what, reason=reason.splitlines()[0])
+
+    # -- what was found --------------------------------------------------------------------------------------------
+
+    def timeline(self) -> pd.DataFrame:
+        """Rows of the timeline on disk; empty before training. Main process only."""
+        return to_frame([]) if self._run is None or self._run.store is None else load_run(self.output_dir).timeline()
+
+    def summary(self) -> Summary:
+        """What moved, what did not, what could not be measured, from the timeline on disk."""
+        options = {"tolerance": self.config.statistics.tolerance, "confidence": self.config.statistics.confidence}
+        if self._run is None or self._run.store is None:
+            return summarise(to_frame([]), [], **options)
+        run = load_run(self.output_dir)
+        return summarise(run.timeline(), run.events, **options)
+
+    def _tell(self) -> None:
+        print(render_text(self.summary()))
+        if not self.config.report:
+            return
+        if any(find_spec(name) is None for name in ("plotly", "jinja2")):
+            print("report: not written, it needs pip install interp-rlhf[report]")
+            return
+        from interp_rlhf.report.html import write_report
+
+        print(f"report: {write_report(load_run(self.output_dir), self.output_dir / 'interp' / 'report.html')}")

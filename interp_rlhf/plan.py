@@ -30,6 +30,7 @@ class ConceptTexts:
     """Contrast pairs of one concept: a half to fit the direction on, a half to read it on."""
 
     name: str
+    source: Source
     fit: tuple[ContrastPair, ...]
     held: tuple[ContrastPair, ...]
 
@@ -187,7 +188,7 @@ def _preference_concept(
     fit, held = _halves(pairs)
     if min(len(fit), len(held)) < 8:
         return None, f"expected at least 16 usable preference pairs in {data.name}, found {len(pairs)}"
-    return ConceptTexts(PREFERENCE, fit, held), ""
+    return ConceptTexts(PREFERENCE, data.source, fit, held), ""
 
 
 def _halves(pairs: Sequence[ContrastPair]) -> tuple[tuple[ContrastPair, ...], tuple[ContrastPair, ...]]:
@@ -211,7 +212,7 @@ def _pack_concept(
     fit, held = split(pairs, config.seed)
     if min(len(fit), len(held)) < 8:
         return None, Refusal(pack.name, "", f"only {len(pairs)} pairs fit into {limit} tokens, 16 are needed")
-    return ConceptTexts(pack.name, tuple(fit), tuple(held)), None
+    return ConceptTexts(pack.name, "named", tuple(fit), tuple(held)), None
 
 
 def _saved_directions(config: InterpConfig, hookpoints: Sequence[str], tree: ModelLayout) -> tuple[Direction, ...]:

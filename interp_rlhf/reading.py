@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from interp_rlhf.activations.capturing import is_sharded, read_prompts
+from interp_rlhf.activations.capturing import read_prompts
+from interp_rlhf.activations.engines import find_engine
+from interp_rlhf.activations.hookpoints import layout
 from interp_rlhf.activations.prompts import PaddingSide, Prompt
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, agree, gather_rows, share
@@ -104,7 +106,7 @@ def _read_shared(
             log_probs=scored,
         )
     except Exception as problem:  # agreed on below by all ranks, where they can still talk
-        if world.size > 1 and is_sharded(model):
+        if world.size > 1 and not find_engine(model, layout(model)).may_stop:  # collectives inside the forward
             raise ShardedForwardError(f"rank {world.rank}: {type(problem).__name__}: {problem}") from problem
         error = problem
     agree(error, world)

@@ -1,0 +1,205 @@
+"""Step 0: what later readings are compared with. A pure function of two readings of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interp_rlhf.activations.prompts import Prompt
+from interp_rlhf.config import InterpConfig
+from interp_rlhf.drift.concepts import admit, auc_estimate, by_unit, standardised_drift
+from interp_rlhf.drift.nulls import covariance_directions
+from interp_rlhf.drift.representation import representation_floor
+from interp_rlhf.errors import FormatError, MeasurementError
+from interp_rlhf.plan import ConceptTexts, Plan, Refusal, TextTable
+from interp_rlhf.reading import Reading
+from interp_rlhf.readouts.baselines import bag_of_tokens_auc
+from interp_rlhf.readouts.directions import Direction
+
+#: Names of the tensors that a step-0 snapshot keeps for a later resume.
+FIRST, AGAIN = "start/", "start_again/"
+LOG_PROBS, LOG_PROBS_AGAIN = "start_log_probs", "start_again_log_probs"
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptBaseline:
+    """One admitted concept at step 0.
+
+    Attributes:
+        name: the readout's name.
+        texts: its contrast pairs; ``None`` for a direction loaded from a file.
+        directions: the hookpoints where it was admitted, each with its direction.
+    """
+
+    name: str
+    texts: ConceptTexts | None
+    directions: Mapping[str, Direction]
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The frozen start, on the main process.
+
+    Attributes:
+        plan: the plan without refused concepts.
+        table: texts that later measurements read.
+        start: the step-0 reading of ``table``.
+        again: the same weights read once more, with other batch order and padding.
+        x0: hookpoint → ``[U, d]``, audit readings averaged within sampling units.
+        floor: hookpoint → representation metric → numeric band.
+        comparison: hookpoint → ``[k, d]`` directions drawn from the covariance of ``x0``.
+        concepts: what was admitted.
+        refused: what was not, with reasons.
+    """
+
+    plan: Plan
+    table: TextTable
+    start: Reading
+    again: Reading
+    x0: Mapping[str, Tensor]
+    floor: Mapping[str, Mapping[str, tuple[float, float]]]
+    comparison: Mapping[str, Tensor]
+    concepts: tuple[ConceptBaseline, ...]
+    refused: tuple[Refusal, ...]
+
+
+def audit_readings(reading: Reading, table: TextTable, plan: Plan, hookpoint: str) -> Tensor:
+    """Readings of the audit texts averaged within sampling units, ``[U, d]``, units in the order of the prompt set."""
+    rows = table.rows(plan.audit.prompts)
+    return by_unit(reading.means[hookpoint][rows], [prompt.unit for prompt in plan.audit.prompts])
+
+
+def sides(reading: Reading, table: TextTable, concept: ConceptTexts, hookpoint: str, half: str) -> tuple[Tensor, Tensor]:
+    """Readings of the positive and of the negative texts of one half (``fit`` or ``held``), ``[n, d]`` each."""
+    pairs = concept.fit if half == "fit" else concept.held
+    means = reading.means[hookpoint]
+    positive = means[table.rows([pair.positive for pair in pairs])]
+    return positive, means[table.rows([pair.negative for pair in pairs])]
+
+
+def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, config: InterpConfig) -> Baseline:
+    """Fit directions on one half of each concept's pairs, admit them on the other, draw comparison directions.
+
+    Args:
+        plan: everything that was planned.
+        table: the texts of ``first`` and ``again`` (fit and held halves of every planned concept).
+        first, again: readings of θ_0, the second with other batch order and padding.
+    """
+    x0 = {name: audit_readings(first, table, plan, name) for name in plan.hookpoints}
+    x_again = {name: audit_readings(again, table, plan, name) for name in plan.hookpoints}
+    admitted, refused = [], list(plan.refused)
+    for concept in plan.concepts:
+        found, reasons = _admit_concept(concept, table, first, x0, config)
+        refused += reasons
+        admitted += [ConceptBaseline(concept.name, concept, found)] if found else []
+    for direction in plan.directions:
+        admitted.append(ConceptBaseline(direction.name, None, {direction.hookpoint: direction}))
+    kept = plan.keep([concept.name for concept in admitted])
+    later = kept.table(config, fit=config.concepts.refit)
+    rows = table.rows(later.prompts)
+    return Baseline(
+        plan=kept,
+        table=later,
+        start=_subset(first, rows),
+        again=_subset(again, rows),
+        x0=x0,
+        floor={name: representation_floor(x0[name], x_again[name]) for name in plan.hookpoints},
+        comparison={
+            name: covariance_directions(x0[name], config.statistics.directions, config.seed) for name in plan.hookpoints
+        },
+        concepts=tuple(admitted),
+        refused=tuple(refused),
+    )
+
+
+def baseline_tensors(first: Reading, again: Reading) -> dict[str, Tensor]:
+    """Both readings as named tensors, for the step-0 snapshot."""
+    return {
+        **{FIRST + name: value for name, value in first.means.items()},
+        **{AGAIN + name: value for name, value in again.means.items()},
+        LOG_PROBS: torch.nan_to_num(first.log_probs, nan=0.0),  # texts without one are never asked for theirs
+        LOG_PROBS_AGAIN: torch.nan_to_num(again.log_probs, nan=0.0),
+    }
+
+
+def direction_tensors(baseline: Baseline) -> dict[str, Tensor]:
+    """The admitted directions as named tensors, for the step-0 snapshot."""
+    return {
+        f"direction/{concept.name}/{hookpoint}": direction.vector
+        for concept in baseline.concepts
+        for hookpoint, direction in concept.directions.items()
+    }
+
+
+def reading_tensors(reading: Reading) -> dict[str, Tensor]:
+    """One reading as named tensors, for a later snapshot."""
+    means = {f"means/{name}": value for name, value in reading.means.items()}
+    return {**means, "log_probs": torch.nan_to_num(reading.log_probs, nan=0.0)}
+
+
+def stored_readings(tensors: Mapping[str, Tensor], plan: Plan, table: TextTable) -> tuple[Reading, Reading]:
+    """The two readings of :func:`baseline_tensors`, read back when a run is resumed.
+
+    Raises:
+        FormatError: they were taken at other hookpoints or of another number of texts than this run reads.
+    """
+    for name in plan.hookpoints:
+        value = tensors.get(FIRST + name)
+        if value is None or len(value) != len(table.prompts):
+            found = "none" if value is None else f"{len(value)} texts"
+            raise FormatError(
+                f"step-0 snapshot: {name}: expected readings of {len(table.prompts)} texts, found {found}; "
+                "resume with the interp config and data that the run was started with"
+            )
+    first, again = ({name: tensors[prefix + name] for name in plan.hookpoints} for prefix in (FIRST, AGAIN))
+    return Reading(first, tensors[LOG_PROBS], 0, 0.0), Reading(again, tensors[LOG_PROBS_AGAIN], 0, 0.0)
+
+
+def _admit_concept(
+    concept: ConceptTexts, table: TextTable, first: Reading, x0: Mapping[str, Tensor], config: InterpConfig
+) -> tuple[dict[str, Direction], list[Refusal]]:
+    words = {
+        half: [[_completion(getattr(pair, side)) for pair in pairs] for side in ("positive", "negative")]
+        for half, pairs in (("fit", concept.fit), ("held", concept.held))
+    }
+    lexical = bag_of_tokens_auc(*words["fit"], *words["held"])
+    found: dict[str, Direction] = {}
+    refused = []
+    for hookpoint, start in x0.items():
+        try:
+            direction = Direction.from_means(
+                concept.name, hookpoint, *sides(first, table, concept, hookpoint, "fit")
+            )
+            standardised_drift(start, start, direction.vector)  # refuses a direction along which nothing varies
+            held = (direction.project(side) for side in sides(first, table, concept, hookpoint, "held"))
+            auc = auc_estimate(*held, **statistics(config))
+        except MeasurementError as error:
+            refused.append(Refusal(concept.name, hookpoint, str(error)))
+            continue
+        reason = admit(auc.value, auc.ci_low, lexical)
+        if reason is None:
+            found[hookpoint] = direction
+        else:
+            refused.append(Refusal(concept.name, hookpoint, reason))
+    return found, refused
+
+
+def statistics(config: InterpConfig) -> dict[str, float | int]:
+    """The arguments that every estimate with an interval takes."""
+    return {
+        "resamples": config.statistics.bootstrap,
+        "confidence": config.statistics.confidence,
+        "seed": config.seed,
+    }
+
+
+def _completion(prompt: Prompt) -> Sequence[int]:
+    return prompt.input_ids[prompt.completion_start :]
+
+
+def _subset(reading: Reading, rows: Tensor) -> Reading:
+    means = {name: value[rows] for name, value in reading.means.items()}
+    return Reading(means, reading.log_probs[rows], reading.tokens, reading.seconds)

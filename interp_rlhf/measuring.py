@@ -1,0 +1,146 @@
+"""From a reading to rows: every metric of ``docs/metrics.md``, as a pure function of the baseline and the reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from interp_rlhf.baseline import Baseline, ConceptBaseline, audit_readings, sides, statistics
+from interp_rlhf.config import InterpConfig
+from interp_rlhf.drift.concepts import (
+    auc_estimate,
+    behaviour_change_estimate,
+    behaviour_estimate,
+    drift_estimate,
+    drift_norm_estimate,
+    refit_cosine_estimate,
+)
+from interp_rlhf.drift.estimates import Estimate, estimate
+from interp_rlhf.drift.representation import representation_estimates
+from interp_rlhf.measurement import Measurement, Source
+from interp_rlhf.reading import Reading
+
+_Row = tuple[str, str, str, Estimate]  # metric, readout, hookpoint, estimate
+
+
+def drift_rows(
+    baseline: Baseline, reading: Reading, config: InterpConfig, segment: int, step: int
+) -> tuple[Measurement, ...]:
+    """All rows of one measurement of the weights at ``step``, compared with the baseline."""
+    rows = [*_representation(baseline, reading, config), *_concepts(baseline, reading, config, at_start=False)]
+    return tuple(_measurement(row, baseline, config, segment, step) for row in rows)
+
+
+def start_rows(baseline: Baseline, config: InterpConfig, segment: int, step: int) -> tuple[Measurement, ...]:
+    """Rows of the start: the same weights read twice, so that every value shows what numerical noise alone does."""
+    rows = [
+        *_representation(baseline, baseline.again, config),
+        *_concepts(baseline, baseline.again, config, at_start=True),
+    ]
+    return tuple(_measurement(row, baseline, config, segment, step) for row in rows)
+
+
+def cost_rows(
+    baseline: Baseline, segment: int, step: int, *, seconds: float, fraction: float, tokens: int
+) -> tuple[Measurement, ...]:
+    """What a measurement cost: its seconds and tokens, and the share of the training's time spent measuring so far."""
+    values = {"cost/seconds": seconds, "cost/tokens": float(tokens), "cost_fraction": fraction}
+    return tuple(
+        _row(metric, "", "", estimate(metric, value, 0), "all", baseline.plan.audit.source, segment, step)
+        for metric, value in values.items()
+    )
+
+
+def _representation(baseline: Baseline, reading: Reading, config: InterpConfig) -> Iterator[_Row]:
+    if not config.representation:
+        return
+    for hookpoint, x0 in baseline.x0.items():
+        xt = audit_readings(reading, baseline.table, baseline.plan, hookpoint)
+        found = representation_estimates(x0, xt, floor=baseline.floor[hookpoint], **statistics(config))
+        for metric, value in found.items():
+            yield metric, "", hookpoint, value
+
+
+def _concepts(baseline: Baseline, reading: Reading, config: InterpConfig, *, at_start: bool) -> Iterator[_Row]:
+    options = statistics(config)
+    moved = {name: audit_readings(reading, baseline.table, baseline.plan, name) for name in baseline.plan.hookpoints}
+    for concept in baseline.concepts:
+        for hookpoint, direction in concept.directions.items():
+            x0, xt, v = baseline.x0[hookpoint], moved[hookpoint], direction.vector
+            comparison = None if at_start else baseline.comparison[hookpoint]
+            yield "concept/drift", concept.name, hookpoint, drift_estimate(x0, xt, v, comparison, **options)
+            yield "concept/drift_norm", concept.name, hookpoint, drift_norm_estimate(x0, xt, v, **options)
+            if concept.texts is not None:
+                yield from _separation(baseline, concept, reading, hookpoint, config)
+        if concept.texts is not None and config.concepts.behaviour:
+            yield from _behaviour(baseline, concept, reading, config)
+
+
+def _separation(
+    baseline: Baseline, concept: ConceptBaseline, reading: Reading, hookpoint: str, config: InterpConfig
+) -> Iterator[_Row]:
+    """Does the step-0 direction still separate the held-out pairs, and where does a refit of it point?"""
+    options, direction = statistics(config), concept.directions[hookpoint]
+    held = (direction.project(side) for side in sides(reading, baseline.table, concept.texts, hookpoint, "held"))
+    yield "concept/auc", concept.name, hookpoint, auc_estimate(*held, **options)
+    if config.concepts.refit:
+        start = sides(baseline.start, baseline.table, concept.texts, hookpoint, "fit")
+        now = sides(reading, baseline.table, concept.texts, hookpoint, "fit")
+        yield "concept/cosine", concept.name, hookpoint, refit_cosine_estimate(*start, *now, **options)
+
+
+def _behaviour(
+    baseline: Baseline, concept: ConceptBaseline, reading: Reading, config: InterpConfig
+) -> Iterator[_Row]:
+    options = statistics(config)
+    start, now = _gaps(baseline, concept, baseline.start), _gaps(baseline, concept, reading)
+    yield "concept/behaviour", concept.name, "", behaviour_estimate(now, **options)
+    yield "concept/behaviour_change", concept.name, "", behaviour_change_estimate(start, now, **options)
+
+
+def _gaps(baseline: Baseline, concept: ConceptBaseline, reading: Reading) -> Tensor:
+    """``log p(positive) − log p(negative)`` of each held-out pair, ``[n]`` nats."""
+    positive = baseline.table.rows([pair.positive for pair in concept.texts.held])
+    negative = baseline.table.rows([pair.negative for pair in concept.texts.held])
+    return reading.log_probs[positive] - reading.log_probs[negative]
+
+
+def _measurement(row: _Row, baseline: Baseline, config: InterpConfig, segment: int, step: int) -> Measurement:
+    metric, readout, hookpoint, value = row
+    audit = baseline.plan.audit
+    if metric.startswith("concept/behaviour"):
+        scope = "completion"
+    else:
+        answered = any(prompt.completion_start < len(prompt.input_ids) for prompt in audit.prompts)
+        scope = config.prompts.tokens if answered or config.prompts.tokens != "completion" else "all"
+    on_pairs = metric in ("concept/auc", "concept/cosine", "concept/behaviour", "concept/behaviour_change")
+    concept = next((c for c in baseline.concepts if c.name == readout), None)
+    from_pack = on_pairs and concept is not None and concept.texts is not None and concept.texts.source == "named"
+    return _row(metric, readout, hookpoint, value, scope, "named" if from_pack else audit.source, segment, step)
+
+
+def _row(
+    metric: str, readout: str, hookpoint: str, value: Estimate, scope: str, source: Source, segment: int, step: int
+) -> Measurement:
+    return Measurement(
+        segment=segment,
+        step=step,
+        metric=metric,
+        readout=readout,
+        hookpoint=hookpoint,
+        scope=scope,
+        text="fixed",
+        source=source,
+        reader="policy",
+        value=value.value,
+        ci_low=value.ci_low,
+        ci_high=value.ci_high,
+        null_kind=value.null_kind,
+        null_low=value.null_low,
+        null_high=value.null_high,
+        p=value.p,
+        n=value.n,
+        tier=value.tier,
+        unit=value.unit,
+    )
