@@ -84,7 +84,7 @@ def make_run(
     """A run whose first concept moves most, each further one half as much; the second changes no behaviour."""
     rng, rows, superseded = random.Random(7), [], []
     for step in steps:
-        part = step / max(steps[-1], 1)
+        part = step / max(*steps, 1)
         fresh = _step_rows(rng, concepts, hookpoints, step, part)
         if resumed_at is not None and step > resumed_at:
             rows += fresh
@@ -130,15 +130,17 @@ def _info() -> dict[str, Any]:
     return {
         "config": {"hookpoints": ["layers.25%.resid_post"], "statistics": {"tolerance": 0.1, "confidence": 0.95}},
         "versions": {"trl": "1.12.0", "transformers": "5.23.0", "torch": "2.13.0"},
-        "model": "a-tiny-model",
+        "model": {"class": "LlamaForCausalLM", "name": "a-tiny-model", "config_sha256": "cd" * 32},
         "trainer": "DPOTrainer",
-        "prompts_sha256": "ab" * 32,
+        "hookpoints": list(HOOKPOINTS),
+        "prompts": {"name": "evaluation", "source": "evaluation", "n": 64, "skipped": 0, "sha256": "ab" * 32},
+        "chat_template_sha256": None,
     }
 
 
 def _chain(steps: Sequence[int]) -> list[SyntheticSnapshot]:
-    digests = [f"{step:064x}" for step in steps]
+    names = [f"01-step-{step:06d}" for step in steps]
     return [
-        SyntheticSnapshot(f"01-step-{step:06d}", 1, step, digest, parent)
-        for step, digest, parent in zip(steps, digests, [None, *digests[:-1]], strict=True)
+        SyntheticSnapshot(name, 1, step, f"{step:064x}", parent)
+        for name, step, parent in zip(names, steps, [None, *names[:-1]], strict=False)
     ]

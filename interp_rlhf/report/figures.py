@@ -285,7 +285,7 @@ def _ranking_trace(chosen: Sequence[tuple[int, Finding]], filled: bool, name: st
             "array": [f.interval[1] - f.value for _, f in chosen],
             "arrayminus": [f.value - f.interval[0] for _, f in chosen],
         },
-        "customdata": [[label(f.readout), label(f.hookpoint), *(f"{end:.3f}" for end in f.interval)] for _, f in chosen],
+        "customdata": [[label(f.readout), label(f.hookpoint), *(f"{x:.3f}" for x in f.interval)] for _, f in chosen],
         "hovertemplate": "%{customdata[0]} at %{customdata[1]}<br>%{x:.3f} SD [%{customdata[2]}, %{customdata[3]}]"
         "<extra></extra>",
     }  # fmt: skip

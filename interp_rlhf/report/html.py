@@ -92,9 +92,10 @@ def render_report(run: Run, *, texts: bool = False) -> str:
 def _template() -> Any:
     try:
         import jinja2
-        from plotly.offline import get_plotlyjs
+        import plotly.offline
     except ImportError as error:
-        message = f"the report needs {error.name}, which is not installed: pip install interp-rlhf[report]"
+        missing = str(error.name).split(".")[0]
+        message = f"the report needs {missing}, which is not installed: pip install interp-rlhf[report]"
         raise InterpError(message) from None
     environment = jinja2.Environment(
         autoescape=True,
@@ -104,7 +105,7 @@ def _template() -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["repr"] = repr
-    environment.globals["plotly_js"] = get_plotlyjs()
+    environment.globals["plotly_js"] = plotly.offline.get_plotlyjs()
     source = (resources.files("interp_rlhf") / "report" / "template.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)
 
@@ -184,23 +185,37 @@ def _numbers(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> 
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    plain, nested = {}, {}
+    facts: list[tuple[str, str]] = []
+    blocks: list[tuple[str, str]] = []
     for key, value in run.info.items():
-        if isinstance(value, Mapping | list | tuple):
-            nested[key] = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-        elif value is not None:
-            plain[key] = str(value)
+        flat = value if isinstance(value, Mapping) else {"": value}
+        if any(isinstance(part, Mapping | list | tuple) for part in flat.values()):
+            blocks.append((key, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)))
+        else:
+            named = {f"{key} {name}".strip().replace("_", " "): part for name, part in flat.items()}
+            facts += [(name, str(part)) for name, part in named.items() if part not in (None, "")]
+    model = run.info.get("model")
+    name = (model.get("name") or model.get("class")) if isinstance(model, Mapping) else model
     notes = [event["text"] for event in run.events if event["event"] == "note"]
-    digest = hashlib.sha256(json.dumps(dict(run.info), sort_keys=True, default=str).encode()).hexdigest()
-    return {"info": plain, "nested": nested, "notes": notes, "snapshots": list(run.snapshots), "info_sha256": digest}
+    return {
+        "model": name or "", "trainer": run.info.get("trainer") or "", "facts": facts, "blocks": blocks,
+        "notes": notes, "snapshots": list(run.snapshots),
+    }  # fmt: skip
 
 
 def _texts(run: Run) -> list[Mapping[str, Any]]:
-    folder = Path(run.path).parent / "_interp"
+    """The texts that the newest start kept, checked against the hash that the timeline recorded."""
+    told = [event for event in run.events if event["event"] == "texts"]
+    newest = {str(event["texts"]).split("-", 1)[-1]: event for event in told}
     lines: list[Mapping[str, Any]] = []
-    for file in sorted(folder.glob("*.jsonl")):
+    for event in newest.values():
+        file = Path(run.path).parent / "_interp" / Path(event["texts"]).name
         try:
-            lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise FormatError(f"{file}: expected one JSON object per line, found {error}") from None
+            data = file.read_bytes()
+        except OSError as error:
+            raise FormatError(f"{file}: the texts cannot be read ({error.strerror})") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != event["sha256"]:
+            raise FormatError(f"{file}: found SHA-256 {found}, expected {event['sha256']}")
+        lines += [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
     return lines

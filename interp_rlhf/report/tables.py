@@ -259,8 +259,9 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
         return "\n".join(["interp_rlhf: nothing was measured.", *_missing_lines(summary, limit)])
     percent = f"{100 * summary.confidence:g} %"
     lines = [
-        f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}. Drift in standard deviations (SD)",
-        f"of step 0, {percent} intervals, at the hookpoint where it is largest; * outside the band of comparable directions.",
+        f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}.",
+        f"Drift: standard deviations (SD) of step 0, {percent} intervals, at the hookpoint where it is largest;",
+        "* = outside the band of comparable directions.",
     ]
     lines += _section(f"Moved beyond ±{summary.tolerance:g} SD on these texts", summary.moved, limit)
     lines += _section("Not detected", summary.not_detected, limit)

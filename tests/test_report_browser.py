@@ -1,0 +1,207 @@
+"""The report in a real headless Chromium, over the DevTools protocol: numbers in the DOM, no requests, no errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_run import SyntheticRun, make_run
+
+from interp_rlhf.report.html import write_report
+
+pytest.importorskip("plotly", reason="the report needs the extra 'report'")
+pytest.importorskip("jinja2", reason="the report needs the extra 'report'")
+websocket = pytest.importorskip("websocket", reason="talking to Chromium needs websocket-client")
+
+BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BINARY is None, reason="no chromium or chrome binary on the path"),
+]
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
+HOSTILE = '<b>bold</b><img src=x onerror="document.title=1">%{x}'
+NAMES = ("agreeing with the user", HOSTILE, "متملق", "🙂 smiling & nodding")
+
+
+class Tab:
+    """One browser tab: commands in, answers and events out."""
+
+    def __init__(self, url: str) -> None:
+        self._socket = websocket.create_connection(url, timeout=60, suppress_origin=True)
+        self._last = 0
+        self.events: list[dict[str, Any]] = []
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._last += 1
+        self._socket.send(json.dumps({"id": self._last, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv())
+            if message.get("id") == self._last:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']}")
+                return message["result"]
+            self.events.append(message)
+
+    def value(self, expression: str) -> Any:
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
+        return result["result"].get("value")
+
+    def open(self, path: Path, *, width: int = 1280) -> None:
+        self.call("Page.navigate", url="about:blank")
+        self.events.clear()
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Page.navigate", url=path.as_uri())
+        deadline = time.monotonic() + 60
+        while not self.value("document.documentElement?.dataset.ready || ''"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path}: the page's script did not finish: {self.problems()}")
+            time.sleep(0.05)
+
+    def requested(self) -> list[str]:
+        return [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+
+    def problems(self) -> list[str]:
+        kinds = {"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"}
+        found = [e for e in self.events if e["method"] in kinds]
+        return [json.dumps(e["params"])[:300] for e in found if e["params"].get("type") not in ("log", "info")]
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    profile = tmp_path_factory.mktemp("profile")
+    command = [str(BINARY), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield _connect(profile, process)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _connect(profile: Path, process: subprocess.Popen[bytes]) -> Tab:
+    port_file, deadline = profile / "DevToolsActivePort", time.monotonic() + 60
+    while not (port_file.exists() and len(port_file.read_text().splitlines()) == 2):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{BINARY} did not start (exit status {process.poll()})")
+        time.sleep(0.05)
+    port, path = port_file.read_text().splitlines()
+    browser = Tab(f"ws://127.0.0.1:{port}{path}")
+    target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+    opened = Tab(f"ws://127.0.0.1:{port}/devtools/page/{target}")
+    for domain in ("Page", "Network", "Runtime", "Log"):
+        opened.call(f"{domain}.enable")
+    return opened
+
+
+def _live_rows(run: SyntheticRun) -> dict[tuple[Any, ...], Any]:
+    return {
+        (r.metric, r.readout, r.hookpoint, r.segment, r.step): r
+        for r, superseded in zip(run.rows, run.superseded, strict=True)
+        if not superseded
+    }
+
+
+def test_every_number_in_the_dom_is_its_timeline_row(tab: Tab, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp", concepts=NAMES, steps=range(0, 50, 10), resumed_at=20)
+    tab.open(write_report(run, tmp_path / "report.html"))
+    shown = tab.value(
+        "[...document.querySelectorAll('[data-value]')].map(e => ({...e.dataset, seen: e.textContent, number: Number("
+        "e.dataset.value), table: e.closest('table')?.id || ''}))"
+    )
+    rows = _live_rows(run)
+    for cell in shown:
+        key = (cell["metric"], cell["readout"], cell["hookpoint"], int(cell["segment"]), int(cell["step"]))
+        exact = getattr(rows[key], cell["field"])
+        assert float(cell["value"]) == exact and cell["number"] == exact, cell
+        factor = 100 if cell["metric"] == "cost_fraction" else 1
+        decimals = len(cell["seen"].partition(".")[2])
+        seen = float(cell["seen"].replace("−", "-"))
+        assert math.isclose(seen, factor * exact, abs_tol=0.5000001 * 10**-decimals), cell
+    headline = {(c["metric"], c["readout"]) for c in shown if c["table"] == "headline" and c["field"] == "value"}
+    assert headline == {(m, name) for m in ("concept/drift", "concept/behaviour_change") for name in NAMES}
+    assert {c["hookpoint"] for c in shown if c["table"] == "representation-table"} == {
+        r.hookpoint for r in run.rows if r.hookpoint
+    }
+    assert all(int(c["step"]) == 40 for c in shown)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "steps"), [(NAMES, (0, 10, 20)), ((), (0, 10)), (("c",), (0,)), (("c",), (0, 10)), (("c",), ())]
+)
+def test_no_request_no_error_and_all_figures_drawn(
+    tab: Tab, tmp_path: Path, concepts: tuple[str, ...], steps: tuple[int, ...]
+) -> None:
+    page = write_report(make_run(tmp_path / "interp", concepts=concepts, steps=steps), tmp_path / "report.html")
+    tab.open(page)
+    assert [url for url in tab.requested() if not url.startswith("data:")] == [page.as_uri()]
+    assert tab.problems() == []
+    assert tab.value("document.title").startswith("interp_rlhf report")
+    plots, drawn = tab.value("['.plot', '.plot .main-svg:first-child'].map(s => document.querySelectorAll(s).length)")
+    assert plots == drawn == int(tab.value("document.documentElement.dataset.ready"))
+    assert (plots > 0) is bool(steps)
+
+
+def test_the_guard_against_requests_would_see_one(tab: Tab, tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "interp", concepts=(), steps=(0,)), tmp_path / "report.html")
+    source = page.read_text(encoding="utf-8")
+    page.write_text(source.replace("</main>", '<img src="https://example.invalid/pixel.png"></main>'), encoding="utf-8")
+    tab.open(page)
+    assert tab.problems(), "the page's own content policy refuses it"
+    policy = source.index("<meta http-equiv"), source.index('<meta name="viewport"')
+    page.write_text(
+        (source[: policy[0]] + source[policy[1] :]).replace("</main>", '<img src="https://example.invalid/p"></main>'),
+        encoding="utf-8",
+    )
+    tab.open(page)
+    assert "https://example.invalid/p" in tab.requested()
+
+
+def test_picker_shows_one_concept_in_every_panel(tab: Tab, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp", concepts=NAMES, steps=range(0, 50, 10))
+    run.rows = [r for r in run.rows if not (r.readout == "متملق" and r.hookpoint == "layers.0.resid_post")]
+    run.superseded = [False] * len(run.rows)
+    tab.open(write_report(run, tmp_path / "report.html"))
+    names = tab.value("[...document.getElementById('concept').options].map(o => o.textContent)")
+    assert sorted(names) == sorted(NAMES)
+    tab.value("document.getElementById('previous').click()")
+    for index in [len(names) - 1, *range(len(names))]:
+        assert tab.value("document.getElementById('concept').selectedIndex") == index
+        assert tab.problems() == []
+        drawn = tab.value(
+            "[...document.querySelectorAll('[data-per-concept] .plot')].map(p => [p.id, p._fullData"
+            ".filter(t => t.visible === true && t.mode !== 'lines').map(t => [...t.y])])"
+        )
+        for place, lines in drawn:
+            metric = {"fig-behaviour-0": "concept/behaviour", "fig-behaviour-1": "concept/behaviour_change"}.get(place)
+            hookpoint = "" if metric else f"layers.{place[-1]}.resid_post"
+            key = (metric or "concept/drift", names[index], hookpoint)
+            expected = [r.value for r in run.rows if (r.metric, r.readout, r.hookpoint) == key]
+            assert len(lines) == (1 if expected else 0), place
+            if expected:
+                assert lines[0] == pytest.approx(expected, abs=1e-6)
+        absent = tab.value("document.querySelectorAll('.absent').length")
+        assert absent == (1 if names[index] == "متملق" else 0)
+        tab.value("document.getElementById('next').click()")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1600])
+def test_the_page_itself_never_scrolls_sideways(tab: Tab, tmp_path: Path, width: int) -> None:
+    long = "a name without any break " + "x" * 120
+    run = make_run(tmp_path / "interp", concepts=(*NAMES, long), steps=(0, 10, 20))
+    tab.open(write_report(run, tmp_path / "report.html"), width=width)
+    assert tab.value("document.documentElement.scrollWidth") <= width
+    assert tab.problems() == []
