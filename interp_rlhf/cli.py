@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = verbs.add_parser("verify", help="check a run's snapshots, their chain and the checkpoints they name")
     verify.add_argument("run", type=Path, metavar="RUN", help="the trainer's output folder")
+    verify.add_argument("--head", metavar="HASH", help="a head noted earlier: also tell whether the end was cut off")
     verify.set_defaults(verb=_verify)
 
     report = verbs.add_parser("report", help="write a run as one self-contained HTML page")
@@ -75,7 +76,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from interp_rlhf.audit.verification import render, verify_run
 
-    result = verify_run(options.run)
+    result = verify_run(options.run, head=options.head)
     print(render(result))
     return FINE if result.ok else CHECK_FAILED
 
@@ -84,8 +85,8 @@ def _report(options: argparse.Namespace) -> int:
     from interp_rlhf.audit.store import load_run
     from interp_rlhf.report.html import write_report
 
-    out = options.out or options.run / "interp" / "report.html"
-    print(write_report(load_run(options.run), out, texts=options.texts))
+    run = load_run(options.run)
+    print(write_report(run, options.out or run.path / "report.html", texts=options.texts))
     return FINE
 
 

@@ -180,7 +180,7 @@ def describe_model(path: Path) -> str:
         InterpError: the folder holds no model configuration, or the architecture has no hookpoints.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     from interp_rlhf.activations.hookpoints import layout, resolve_hookpoints
     from interp_rlhf.config import InterpConfig
@@ -191,10 +191,14 @@ def describe_model(path: Path) -> str:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InterpError(f"{path}/config.json: not a model configuration ({error})") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InterpError(
+            f"{path}/config.json: expected a causal language model, found model_type {config.model_type!r}"
+        )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     tree = layout(model)
-    names = InterpConfig().hookpoints
     lines = [f"{path}: {type(model).__name__}, {len(tree.layers)} layers, d = {tree.d_model}"]
-    lines += [f"  {name} -> {point.name}" for name, point in zip(names, resolve_hookpoints(names, tree), strict=True)]
+    for point in resolve_hookpoints(InterpConfig().hookpoints, tree):
+        lines.append(f"  {', '.join(point.asked)} -> {point.name}")
     return "\n".join(lines)

@@ -1,10 +1,9 @@
-"""The ``interp:`` block among a recipe's arguments: one small dataclass for ``trl.TrlParser``, without importing trl."""
+"""The ``interp:`` block among a recipe's arguments: a dataclass for ``trl.TrlParser`` that does not import trl."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from interp_rlhf.errors import ConfigError
 
@@ -40,8 +39,3 @@ def local_path(name: str, what: str) -> str:
         hint = "; `interp-rlhf demo` writes it" if name.startswith("demo/") else ""
         raise ConfigError(f"{what}: {name} does not exist{hint}")
     return name
-
-
-def without_none(mapping: dict[str, Any]) -> dict[str, Any]:
-    """The mapping without its ``None`` values (arguments that were not given)."""
-    return {key: value for key, value in mapping.items() if value is not None}
