@@ -1,0 +1,93 @@
+"""One rank of a DPO training that is attached; launched by ``torchrun`` from test_two_processes.py.
+
+Usage: dpo_worker.py ENGINE OUTPUT_DIR MODEL_DIR, with ENGINE one of ddp, zero2, zero3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import conftest  # noqa: F401  offline, single-threaded
+import torch
+from trainers.table import preferences, tokenizer
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from interp_rlhf import attach
+
+CONFIG = {
+    "prompts": {"n": 15, "batch_size": 4},  # odd: one rank's share is padded
+    "concepts": {"n_pairs": 32, "packs": []},
+    "schedule": {"every": 2},
+    "statistics": {"bootstrap": 100, "directions": 200},
+    "on_error": "raise",
+    "report": False,
+}
+
+
+def deepspeed(stage: int) -> dict[str, object]:
+    zero = {"stage": stage, "overlap_comm": False}
+    if stage == 3:  # tiny parameters would otherwise stay whole, and nothing would be tested
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def main(engine: str, output_dir: str, model_dir: str) -> None:
+    torch.set_num_threads(1)
+    arguments = DPOConfig(
+        output_dir=output_dir,
+        per_device_train_batch_size=2,
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=32,
+        seed=7,
+        optim="adamw_torch",
+        deepspeed=deepspeed(int(engine[-1])) if engine.startswith("zero") else None,
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    reference = AutoModelForCausalLM.from_pretrained(model_dir)
+    trainer = DPOTrainer(
+        model, ref_model=reference, args=arguments, train_dataset=preferences(), eval_dataset=preferences(40),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    if os.environ.get("BARE") != "1":
+        attach(trainer, CONFIG)
+    if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", "0"):
+        import interp_rlhf.reading as reading
+
+        working = reading.read_prompts
+
+        def broken(*args: object, **kwargs: object) -> object:
+            if trainer.state.global_step == 2:
+                raise RuntimeError("planted")
+            return working(*args, **kwargs)
+
+        reading.read_prompts = broken
+        trainer.interp.callback.config = type(trainer.interp.callback.config).from_mapping({**CONFIG, "on_error": "warn"})
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        Path(output_dir, "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,146 @@
+"""Rows reach every tracker on the right steps, and the trainer's own rows stay what they were."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers.table import trainers
+
+from interp_rlhf import attach
+
+CONFIG = {
+    "prompts": {"n": 16},
+    "concepts": {"n_pairs": 32, "packs": []},
+    "schedule": {"every": 3},
+    "statistics": {"bootstrap": 100, "directions": 200},
+    "on_error": "raise",
+    "report": False,
+}
+STEPS = {"max_steps": 21, "logging_steps": 5, "save_strategy": "steps", "save_steps": 7}
+TIMES = ("runtime", "per_second", "flos")
+
+
+def train(folder: Path, config: Any, **changes: Any) -> Any:
+    torch.manual_seed(3)
+    trainer = trainers()["dpo"].build(folder, **{**STEPS, **changes})
+    handle = attach(trainer, config) if config else None
+    trainer.train()
+    return trainer, handle
+
+
+def ours(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    rows = {row["step"]: {k: v for k, v in row.items() if k.startswith("interp/")} for row in history}
+    return {step: row for step, row in rows.items() if row}
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run that reports to all three trackers at once."""
+    folder = tmp_path_factory.mktemp("tracked")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("WANDB_DIR", str(folder))
+    patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+    changes = {"report_to": ["wandb", "tensorboard", "trackio"], "run_name": "steps", "project": "interp-test"}
+    trainer, handle = train(folder / "out", CONFIG, **changes)
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+    patch.undo()
+    return {"trainer": trainer, "handle": handle, "folder": folder}
+
+
+def test_measurements_fall_on_steps_that_log_and_saves_force_their_own(tracked: dict[str, Any]) -> None:
+    assert sorted(ours(tracked["trainer"].state.log_history)) == [5, 10, 15, 20, 21]
+    assert sorted(tracked["handle"].timeline().step.unique()) == [0, 5, 7, 10, 14, 15, 20, 21]
+    snapshots = sorted(path.name for path in (tracked["folder"] / "out" / "interp" / "snapshots").iterdir())
+    assert snapshots == [f"01-step-{step:06d}" for step in (0, 7, 14, 21)]
+
+
+def test_logged_scalars_equal_timeline_rows(tracked: dict[str, Any]) -> None:
+    from interp_rlhf.report.tables import headline, measurements
+
+    timeline = tracked["handle"].timeline()
+    for step, row in ours(tracked["trainer"].state.log_history).items():
+        assert row == headline(measurements(timeline[timeline.step == step]), 50)
+        assert 0 < len(row) <= 50 and all(type(value) is float and math.isfinite(value) for value in row.values())
+
+
+def test_the_trainers_own_rows_are_unchanged(tracked: dict[str, Any], tmp_path: Path) -> None:
+    bare, _ = train(tmp_path, None)
+
+    def theirs(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
+            for row in history
+        ]
+
+    assert theirs(bare.state.log_history) == theirs(tracked["trainer"].state.log_history)
+
+
+def test_trainer_state_on_disk(tracked: dict[str, Any]) -> None:
+    state = json.loads((tracked["folder"] / "out" / "checkpoint-21" / "trainer_state.json").read_text())
+    assert sorted(ours(state["log_history"])) == [5, 10, 15, 20]  # 21 is logged after its checkpoint is saved
+    for row in state["log_history"]:
+        assert row == next(r for r in tracked["trainer"].state.log_history if r["step"] == row["step"])
+
+
+def test_tensorboard_holds_the_same_rows(tracked: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = tracked["folder"].rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0})
+    events.Reload()
+    for step, row in ours(tracked["trainer"].state.log_history).items():
+        for key, value in row.items():
+            (found,) = [e.value for e in events.Scalars(f"train/{key}") if e.step == step]
+            assert found == pytest.approx(value, rel=1e-5, abs=1e-7)
+    logged = {e.step for tag in events.Tags()["scalars"] if tag.startswith("train/interp/") for e in events.Scalars(tag)}
+    assert logged == {5, 10, 15, 20, 21}
+
+
+def test_wandb_offline_run_holds_the_same_rows(tracked: dict[str, Any]) -> None:
+    rows = wandb_history(tracked["folder"])
+    found = {row["train/global_step"]: row for row in rows if any(k.startswith("train/interp/") for k in row)}
+    expected = ours(tracked["trainer"].state.log_history)
+    assert sorted(found) == sorted(expected)
+    for step, row in expected.items():
+        assert {k: found[step][f"train/{k}"] for k in row} == pytest.approx(row)
+
+
+def test_trackio_holds_the_same_rows(tracked: dict[str, Any]) -> None:
+    import sqlite3
+
+    (database,) = [p for p in tracked["folder"].rglob("*.db")]
+    with sqlite3.connect(database) as connection:
+        rows = [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
+    found = {row["train/global_step"]: row for row in rows if any(k.startswith("train/interp/") for k in row)}
+    expected = ours(tracked["trainer"].state.log_history)
+    assert sorted(found) == sorted(expected)
+    for step, row in expected.items():
+        assert {k: found[step][f"train/{k}"] for k in row} == pytest.approx(row)
+
+
+def wandb_history(folder: Path) -> list[dict[str, Any]]:
+    """History rows of the one offline run under ``folder``, read from W&B's own transaction log."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = folder.rglob("run-*.wandb")
+    store, rows = DataStore(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            rows.append(
+                {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+            )
+    return rows
