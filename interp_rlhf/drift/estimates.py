@@ -59,7 +59,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "concept/behaviour": Metric("nats", "A", ("none",)),
         "concept/behaviour_change": Metric("nats", "A", ("none",)),
         "cost/seconds": Metric("s", "A", ("none",)),
-        "cost/fraction": Metric("1", "A", ("none",)),
+        "cost_fraction": Metric("1", "A", ("none",)),
         "cost/tokens": Metric("tokens", "A", ("none",)),
     }
 )
