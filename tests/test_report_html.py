@@ -10,9 +10,11 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_run import SyntheticRun, drift_row, make_run
 
+from interp_rlhf.audit.store import RunStore, load_run
 from interp_rlhf.errors import FormatError, InterpError
 from interp_rlhf.report.html import render_report, write_report
 
@@ -65,6 +67,24 @@ def test_headline_numbers_are_the_rows(tmp_path: Path) -> None:
     seen = {(a["data-metric"], a["data-readout"], a["data-hookpoint"]) for a in marked}
     last = {(r.metric, r.readout, r.hookpoint) for r in rows.values() if r.step == 40}
     assert last - seen == {("concept/behaviour", name, "") for name in NAMES}
+
+
+def test_a_run_read_back_from_disk(tmp_path: Path) -> None:
+    store, made = RunStore(tmp_path), make_run(tmp_path)
+    store.start(made.info, resumed_from=None)
+    store.event("refused", readout="weak", hookpoint="layers.0.resid_post", reason="AUC 0.5")
+    for step in (0, 10, 20):
+        rows = [r for r in made.rows if r.step == step]
+        store.append(rows)
+        store.snapshot(step, rows, {"start": np.zeros((2, 3), dtype=np.float32)})
+    store.texts("prompts", [{"id": "p1", "prompt": "say <b>"}])
+    run = load_run(tmp_path)
+    path = write_report(run, run.path / "report.html", texts=True)
+    page = Page(path.read_text(encoding="utf-8"))
+    for words in ("say <b>", "AUC 0.5", "01-step-000020", run.snapshots[-1].digest, "a-tiny-model · DPOTrainer"):
+        assert words in page.words
+    values = {a["data-value"] for _, a in page.elements if a.get("data-metric") == "concept/drift"}
+    assert {repr(r.value) for r in made.rows if (r.metric, r.step) == ("concept/drift", 20)} <= values
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:

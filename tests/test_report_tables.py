@@ -95,6 +95,17 @@ def test_smallest_detectable_drift_is_where_the_verdict_turns() -> None:
         assert beyond(drift_row("c", "", 5, value, ci_low=value - half, ci_high=value + half), 0.1) is moved
 
 
+def test_inside_the_numeric_floor_is_no_drift() -> None:
+    start = drift_row("c", "layers.0.resid_post", 0, 0.0, null_low=-0.3, null_high=0.3)
+    inside = drift_row("c", "layers.0.resid_post", 5, 0.25)
+    outside = drift_row("c", "layers.0.resid_post", 5, 0.35)
+    assert beyond(inside, 0.1)
+    summary = summary_of([start, inside])
+    assert summary.not_detected[0].within_floor and summary.moved == ()
+    assert "no drift: inside the numeric floor" in render_text(summary)
+    assert not summary_of([start, outside]).moved[0].within_floor
+
+
 def test_superseded_rows_do_not_count() -> None:
     rows = [drift_row("c", "layers.0.resid_post", 9, 3.0), drift_row("c", "layers.0.resid_post", 5, 0.0, segment=2)]
     summary = summary_of(rows, superseded=[True, False])

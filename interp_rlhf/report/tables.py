@@ -44,6 +44,7 @@ class Finding:
         detectable: smallest absolute drift (SD) that would have been called moved at ``drift.hookpoint``:
             tolerance + half the width of the interval.
         behaviour: the ``concept/behaviour_change`` row (nats), ``None`` where behaviour was not read.
+        within_floor: the shown drift lies inside the numeric floor of its hookpoint, so it is no drift.
     """
 
     drift: Measurement
@@ -52,6 +53,7 @@ class Finding:
     outside_at: tuple[str, ...]
     detectable: float
     behaviour: Measurement | None
+    within_floor: bool
 
     @property
     def readout(self) -> str:
@@ -71,7 +73,7 @@ class Finding:
     @property
     def interval(self) -> tuple[float, float]:
         """Confidence interval of ``value``; findings exist only for rows that have one."""
-        return (_number(self.drift.ci_low), _number(self.drift.ci_high))
+        return _number(self.drift.ci_low), _number(self.drift.ci_high)
 
     @property
     def band(self) -> tuple[float, float] | None:
@@ -189,13 +191,9 @@ def current(timeline: pd.DataFrame) -> pd.DataFrame:
 
 def measurements(table: pd.DataFrame) -> list[Measurement]:
     """Table rows as records, missing numbers as ``None``; the inverse of ``Measurement.as_row``."""
-    optional = {"ci_low", "ci_high", "null_low", "null_high", "p"}
-    records: list[Measurement] = []
-    for values in zip(*(table[name].tolist() for name in COLUMNS), strict=True):
-        row = dict(zip(COLUMNS, values, strict=True))
-        row |= {name: None for name in optional if row[name] is None or math.isnan(row[name])}
-        records.append(Measurement(**row))
-    return records
+    optional = ("ci_low", "ci_high", "null_low", "null_high", "p")
+    rows = (dict(zip(COLUMNS, row, strict=True)) for row in zip(*(table[c].tolist() for c in COLUMNS), strict=True))
+    return [Measurement(**row | {c: None for c in optional if math.isnan(_number(row[c]))}) for row in rows]
 
 
 def direction_band(row: Measurement) -> tuple[float, float] | None:
@@ -270,7 +268,8 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
         ("Behaviour changed, no drift detected", summary.behaviour_without_moved),
     ):
         if rows:
-            lines.append(f"{title}: {_names([f.readout for f in rows], limit)}.")
+            more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
+            lines.append(f"{title}: {', '.join(f.readout for f in rows[:limit])}{more}.")
     lines += _missing_lines(summary, limit)
     lines += _representation_lines(summary)
     if summary.cost is not None:
@@ -296,15 +295,26 @@ def _sort_concepts(
         else:
             drifts[row.readout].append(row)
     changes = {r.readout: r for r in rows if r.metric == "concept/behaviour_change"}
-    findings = [_finding(group, changes.get(name), tolerance) for name, group in drifts.items()]
+    starts = measurements(table[(table["step"] == 0) & (table["null_kind"] == "numeric")])
+    floors = {(r.readout, r.hookpoint): r for r in starts if r.metric == "concept/drift"}
+    findings = [_finding(group, changes.get(name), floors, tolerance) for name, group in drifts.items()]
     order = sorted(findings, key=lambda f: (not f.outside_at, -abs(f.value), f.readout))
     missing += _no_longer_read(table, set(drifts) | {m.what for m in missing}, step)
     return tuple(f for f in order if f.moved_at), tuple(f for f in order if not f.moved_at), missing
 
 
-def _finding(rows: Sequence[Measurement], behaviour: Measurement | None, tolerance: float) -> Finding:
+def _finding(
+    rows: Sequence[Measurement],
+    behaviour: Measurement | None,
+    floors: Mapping[tuple[str, str], Measurement],
+    tolerance: float,
+) -> Finding:
+    def still(row: Measurement) -> bool:
+        floor = floors.get((row.readout, row.hookpoint))
+        return floor is not None and _number(floor.null_low) <= row.value <= _number(floor.null_high)
+
     rows = sorted(rows, key=lambda r: natural(r.hookpoint))
-    moved = [row for row in rows if beyond(row, tolerance)]
+    moved = [row for row in rows if beyond(row, tolerance) and not still(row)]
     shown = max(moved or rows, key=lambda r: abs(r.value))
     return Finding(
         drift=shown,
@@ -313,6 +323,7 @@ def _finding(rows: Sequence[Measurement], behaviour: Measurement | None, toleran
         outside_at=tuple(row.hookpoint for row in moved if outside_band(row)),
         detectable=tolerance + (_number(shown.ci_high) - _number(shown.ci_low)) / 2,
         behaviour=behaviour,
+        within_floor=still(shown),
     )
 
 
@@ -362,7 +373,8 @@ def _finding_line(finding: Finding, names: int, where: int) -> str:
     number = f"{finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}]"
     text = f"  {mark} {finding.readout:<{names}}  {number}  {finding.hookpoint:<{where}}"
     if not finding.moved_at:
-        text += f"  (smallest detectable {finding.detectable:.2f})"
+        floor = "no drift: inside the numeric floor; " if finding.within_floor else ""
+        text += f"  ({floor}smallest detectable {finding.detectable:.2f})"
     if finding.behaviour is not None:
         changed = {True: "changed", False: "no change detected", None: "no interval"}[finding.behaviour_changed]
         text += f"  behaviour {finding.behaviour.value:+.2f} nats, {changed}"
@@ -383,7 +395,3 @@ def _representation_lines(summary: Summary) -> list[str]:
         numbers = ", ".join(f"{row.metric.split('/')[1].replace('_', ' ')} {row.value:.3f}" for row in line.rows)
         lines.append(f"Representation at {line.hookpoint}: {numbers}.")
     return lines
-
-
-def _names(names: Sequence[str], limit: int) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
