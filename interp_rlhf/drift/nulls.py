@@ -142,23 +142,24 @@ def direction_band(null: Float[Tensor, " k"], confidence: float = 0.95) -> tuple
     return -half, half
 
 
-def numeric_band(at_rest: float, deviations: Float[Tensor, " n"]) -> tuple[float, float]:
+def numeric_band(at_rest: float, readings: Float[Tensor, " n"]) -> tuple[float, float]:
     """Band within which a value says nothing: what reading the same weights twice does to it.
 
     Args:
         at_rest: the value when nothing changes (0 for a drift, 1 for a similarity).
-        deviations: ``[n]`` deviations from ``at_rest`` between two passes over the same weights with other batch
-            order and padding: one per prompt where the statistic is a mean over prompts (no mean of deviations of
-            this size can leave the band), else the single deviation of the statistic itself.
+        readings: ``[n]`` the value between two passes over the same weights with other batch order and padding: one
+            per prompt where the statistic is a mean over prompts (no mean of such values can leave the band), else
+            the single value of the statistic itself.
 
     Returns:
-        ``(at_rest − m, at_rest + m)`` with ``m = max |deviations|``.
+        ``(at_rest − m, at_rest + m)`` with ``m = max |readings − at_rest|``, holding every reading despite rounding.
 
-    >>> numeric_band(1.0, torch.tensor([0.25, -0.5]))
+    >>> numeric_band(1.0, torch.tensor([1.25, 0.5]))
     (0.5, 1.5)
     """
-    half = float(finite(deviations, "numeric floor").double().abs().max())
-    return at_rest - half, at_rest + half
+    values = finite(readings, "numeric floor").double()
+    half = float((values - at_rest).abs().max())
+    return min(at_rest - half, float(values.min())), max(at_rest + half, float(values.max()))
 
 
 def finite(values: Tensor, what: str) -> Tensor:

@@ -96,12 +96,13 @@ def representation_floor(x0: Float[Tensor, "n d"], again: Float[Tensor, "n d"]) 
     Returns:
         metric name → ``(low, high)``; a value inside its band is no drift.
     """
-    rank = effective_rank(x0)
     return {
-        "representation/cka": numeric_band(1.0, torch.tensor([1.0 - debiased_cka(x0, again)])),
-        "representation/cosine": numeric_band(1.0, 1.0 - same_prompt_cosine(x0, again)),
-        "representation/norm_ratio": numeric_band(1.0, norm_ratio(x0, again) - 1.0),
-        "representation/effective_rank": numeric_band(rank, torch.tensor([effective_rank(again) - rank])),
+        "representation/cka": numeric_band(1.0, torch.tensor([debiased_cka(x0, again)], dtype=torch.float64)),
+        "representation/cosine": numeric_band(1.0, same_prompt_cosine(x0, again)),
+        "representation/norm_ratio": numeric_band(1.0, norm_ratio(x0, again)),
+        "representation/effective_rank": numeric_band(
+            effective_rank(x0), torch.tensor([effective_rank(again)], dtype=torch.float64)
+        ),
     }
 
 
