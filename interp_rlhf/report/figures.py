@@ -145,7 +145,7 @@ def ranking_panel(findings: Sequence[Finding], tolerance: float) -> Panel | None
     return Panel("Largest drift over hookpoints, at the last step", figure)
 
 
-def heatmap_panel(table: pd.DataFrame, concepts: Sequence[str], step: int) -> Panel | None:
+def heatmap_panel(table: pd.DataFrame, concepts: Sequence[str], step: int | None) -> Panel | None:
     """Drift (SD) per concept and hookpoint at ``step``, values in the cells, ``*`` outside the comparison band."""
     rows = table[(table["metric"] == "concept/drift") & (table["step"] == step)]
     if not len(rows):

@@ -153,7 +153,7 @@ def _chart(name: str, panel: figures.Panel) -> Chart:
     return Chart(
         f"fig-{name}",
         panel.title,
-        int(panel.figure.layout.height),
+        int(panel.figure.layout["height"]),
         panel.min_width,
         _script_json(text),
         bool(panel.concepts),

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from interp_rlhf.measurement import COLUMNS, Measurement
 
@@ -192,8 +192,10 @@ def current(timeline: pd.DataFrame) -> pd.DataFrame:
 def measurements(table: pd.DataFrame) -> list[Measurement]:
     """Table rows as records, missing numbers as ``None``; the inverse of ``Measurement.as_row``."""
     optional = ("ci_low", "ci_high", "null_low", "null_high", "p")
-    rows = (dict(zip(COLUMNS, row, strict=True)) for row in zip(*(table[c].tolist() for c in COLUMNS), strict=True))
-    return [Measurement(**row | {c: None for c in optional if math.isnan(_number(row[c]))}) for row in rows]
+    rows = cast("list[dict[str, Any]]", table[list(COLUMNS)].to_dict("records"))
+    for row in rows:
+        row.update({name: None for name in optional if math.isnan(_number(row[name]))})
+    return [Measurement(**row) for row in rows]
 
 
 def direction_band(row: Measurement) -> tuple[float, float] | None:
