@@ -98,7 +98,7 @@ def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, c
     for direction in plan.directions:
         admitted.append(ConceptBaseline(direction.name, None, {direction.hookpoint: direction}))
     kept = plan.keep([concept.name for concept in admitted])
-    later = kept.table(config, fit=config.concepts.refit)
+    later = kept.table(fit=config.concepts.refit)
     rows = table.rows(later.prompts)
     return Baseline(
         plan=kept,

@@ -134,11 +134,11 @@ class InterpCallback(TrainerCallback):
     def _start(self, step: int) -> None:
         """Read θ_0 twice, or load both readings where the run is resumed; fit, admit, record, snapshot."""
         run, plan, began = self._run, self._plan, time.monotonic()
-        table = plan.table(self.config, fit=True)
+        table = plan.table(fit=True)
         stored = run_on_main(lambda: self._stored_start(table), run.world) if step else None
         first, again = stored or self._read_start(step, table)
         names = run_on_main(lambda: self._fit(table, first, again), run.world)
-        run.table = plan.keep(names).table(self.config, fit=self.config.concepts.refit)
+        run.table = plan.keep(names).table(fit=self.config.concepts.refit)
         rows = table.rows(run.table.prompts)
         run.start_means = {name: value[rows] for name, value in first.means.items()}
         if not stored:

@@ -73,7 +73,7 @@ def _concepts(baseline: Baseline, reading: Reading, config: InterpConfig, *, at_
             yield "concept/drift_norm", concept.name, hookpoint, drift_norm_estimate(x0, xt, v, **options)
             if concept.texts is not None:
                 yield from _separation(baseline, concept, reading, hookpoint, config)
-        if concept.texts is not None and config.concepts.behaviour:
+        if concept.texts is not None and baseline.plan.behaviour:
             yield from _behaviour(baseline, concept, reading, config)
 
 

@@ -69,8 +69,9 @@ class Plan:
     pad_token_id: int
     skip_ids: frozenset[int]
     max_length: int
+    behaviour: bool
 
-    def table(self, config: InterpConfig, *, fit: bool) -> TextTable:
+    def table(self, *, fit: bool) -> TextTable:
         """The texts of one measurement; ``fit`` includes the halves on which directions are fitted."""
         texts = {prompt.id: prompt for prompt in self.audit.prompts}
         scored: set[str] = set()
@@ -78,7 +79,7 @@ class Plan:
             held = [side for pair in concept.held for side in (pair.positive, pair.negative)]
             fitted = [side for pair in concept.fit for side in (pair.positive, pair.negative)] if fit else []
             texts.update((prompt.id, prompt) for prompt in (*held, *fitted))
-            if config.concepts.behaviour:
+            if self.behaviour:
                 scored.update(prompt.id for prompt in held)
         return TextTable(tuple(texts[key] for key in sorted(texts)), frozenset(scored))
 
@@ -109,6 +110,9 @@ def make_plan(
         concept, refusal = _pack_concept(name, config, tokenizer, limit)
         concepts += [concept] if concept else []
         refused += [refusal] if refusal else []
+    has_head = tree.causal_lm.get_output_embeddings() is not None
+    if config.concepts.behaviour and not has_head:
+        refused.append(Refusal("behaviour", "", f"{tree.architecture} has no language-model head to score texts with"))
     return Plan(
         hookpoints=hookpoints,
         audit=_audit_prompts(config, data, tokenizer, limit, skip=len(concepts[0].fit) if _has_pairs(concepts) else 0),
@@ -118,6 +122,7 @@ def make_plan(
         pad_token_id=_pad_token(tokenizer),
         skip_ids=frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None),
         max_length=limit,
+        behaviour=config.concepts.behaviour and has_head,
     )
 
 

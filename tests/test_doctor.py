@@ -79,14 +79,14 @@ def test_hookpoints_of_a_local_model(tmp_path: Path):
     LlamaConfig(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=2,
         vocab_size=32,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)
     lines = doctor.describe_model(tmp_path).splitlines()
-    assert lines[0] == f"{tmp_path}: LlamaForCausalLM, 4 layers, d = 16"
-    assert [line.split(" -> ")[1] for line in lines[1:]] == [f"layers.{layer}.resid_post" for layer in range(4)]
+    assert lines[0] == f"{tmp_path}: LlamaForCausalLM, 5 layers, d = 16"
+    assert [line.split(" -> ")[1] for line in lines[1:]] == [f"layers.{layer}.resid_post" for layer in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no_such_model"}', '{"model_type": "resnet"}'])
