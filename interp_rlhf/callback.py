@@ -65,6 +65,7 @@ class _Run:
     reading: Reading | None = None
     rows: tuple[Measurement, ...] = ()
     measured_step: int = -1
+    logged_step: int = -1  # whose rows have reached the trainer's log
     saved_step: int = -1
     began: float = field(default_factory=time.monotonic)
     spent: float = 0.0
@@ -181,12 +182,16 @@ class InterpCallback(TrainerCallback):
     def before_log(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """The headline scalars of a due measurement, for the row that is about to be logged; usually empty."""
         run, step = self._run, state.global_step
-        if run is None or step == run.measured_step or any(key.startswith("eval_") for key in logs):
+        if run is None or step == run.logged_step or any(key.startswith("eval_") for key in logs):
             return {}
-        if not (self._due(step, state) or "train_runtime" in logs):
+        if step != run.measured_step:
+            if not (self._due(step, state) or "train_runtime" in logs):
+                return {}
+            self._guarded(step, "a measurement", lambda: self._measure(step))
+        if step != run.measured_step:
             return {}
-        self._guarded(step, "a measurement", lambda: self._measure(step))
-        return headline(run.rows, self.config.headline) if run.measured_step == step else {}
+        run.logged_step = step
+        return headline(run.rows, self.config.headline)
 
     def _due(self, step: int, state: Any) -> bool:
         every, last = self.config.schedule.every, max(self._run.measured_step, 0)

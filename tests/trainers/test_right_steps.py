@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +133,34 @@ def test_trackio_holds_the_same_rows(tracked: dict[str, Any]) -> None:
 def wandb_history(folder: Path) -> list[dict[str, Any]]:
     """History rows of the one offline run under ``folder``, read from W&B's own transaction log."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     (file,) = folder.rglob("run-*.wandb")
-    store, rows = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    rows = []
+    for payload in leveldb_records(file.read_bytes()[7:]):
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        record.ParseFromString(payload)
         if record.WhichOneof("record_type") == "history":
             rows.append(
                 {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
             )
     return rows
+
+
+def leveldb_records(body: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log (github.com/google/leveldb, doc/log_format.md) after W&B's 7-byte file header.
+
+    Blocks of 32 KiB (the first one shortened by that header) hold chunks: CRC (4 bytes), length (2), type (1), payload;
+    types 1 whole, 2 first, 3 middle, 4 last.
+    """
+    place, record = 0, b""
+    while place + 7 <= len(body):
+        left = 32768 - (place + 7) % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", body, place)
+        record += body[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
