@@ -64,6 +64,7 @@ class _Run:
     start_means: Mapping[str, Tensor] = field(default_factory=dict)
     reading: Reading | None = None
     rows: tuple[Measurement, ...] = ()
+    tried_step: int = -1  # a failed measurement is tried again when the next one is due, not at every log
     measured_step: int = -1
     logged_step: int = -1  # whose rows have reached the trainer's log
     saved_step: int = -1
@@ -144,7 +145,7 @@ class InterpCallback(TrainerCallback):
         run.start_means = {name: value[rows] for name, value in first.means.items()}
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), run.world)
-        run.measured_step = step
+        run.tried_step = run.measured_step = step
 
     def _stored_start(self, table: TextTable) -> tuple[Reading, Reading] | None:
         tensors = self._run.store.baseline()
@@ -194,7 +195,7 @@ class InterpCallback(TrainerCallback):
         return headline(run.rows, self.config.headline)
 
     def _due(self, step: int, state: Any) -> bool:
-        every, last = self.config.schedule.every, max(self._run.measured_step, 0)
+        every, last = self.config.schedule.every, max(self._run.tried_step, 0)
         return step >= (last // every + 1) * every or step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -224,6 +225,7 @@ class InterpCallback(TrainerCallback):
     def _measure(self, step: int) -> None:
         """Capture → read → drift → record, on all ranks; statistics and files on the main process."""
         run, began = self._run, time.monotonic()
+        run.tried_step = step
         if run.table is None:
             raise MeasurementError(f"step {step}: nothing to compare with, since measuring the start failed")
         reading = self._read(run.table, run.model)
