@@ -113,7 +113,10 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
         assert_same(bare, one_draw_more(tmp_path / "draws"))
 
 
-def test_the_shipped_preset_unchanged(tmp_path: Path, repository: Path) -> None:
-    entry = trainers()["dpo"]
+@pytest.mark.parametrize("name", trainers())
+def test_the_shipped_preset_unchanged(name: str, tmp_path: Path, repository: Path) -> None:
+    entry = trainers()[name]
+    if not entry.available:
+        pytest.skip("TRL has no PPO from 1.13 on")
     bare = run(entry, tmp_path / "bare", {}, None)
     assert_same(bare, run(entry, tmp_path / "attached", {}, repository / "configs" / "interp" / "observe.yaml"))
