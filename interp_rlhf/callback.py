@@ -40,7 +40,7 @@ from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
 from interp_rlhf.plan import Plan, TextTable, make_plan
 from interp_rlhf.provenance import run_info
 from interp_rlhf.reading import Reading, ShardedForwardError, read_table
-from interp_rlhf.report.tables import headline, render_text, summarise
+from interp_rlhf.report.tables import headline, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -307,7 +307,7 @@ class InterpCallback(TrainerCallback):
         return summarise(run.timeline(), run.events, **options)
 
     def _tell(self) -> None:
-        print(render_text(self.summary()))
+        print(self.summary())
         if not self.config.report:
             return
         if any(find_spec(name) is None for name in ("plotly", "jinja2")):

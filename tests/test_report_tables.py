@@ -14,6 +14,7 @@ import pytest
 from synthetic_run import HOOKPOINTS, SyntheticRun, drift_row, make_run, row
 
 from interp_rlhf.measurement import Measurement
+from interp_rlhf.report.console import render_text
 from interp_rlhf.report.tables import (
     CAVEAT,
     Summary,
@@ -23,7 +24,6 @@ from interp_rlhf.report.tables import (
     measurements,
     natural,
     outside_band,
-    render_text,
     summarise,
 )
 
@@ -236,6 +236,21 @@ def test_text_is_short_plain_and_claims_no_cause() -> None:
     assert "* concept 0  +1.4" in text and "where it is largest" in text
     for word in ("because of the preferences", "caused", "due to"):
         assert word not in text
+
+
+def test_text_names_every_concept_that_was_refused_once_and_is_what_print_shows() -> None:
+    places = [f"layers.{layer}.resid_post" for layer in range(4)]
+    events = [
+        {"event": "refused", "readout": f"weak{i}", "hookpoint": place, "reason": f"AUC 0.{layer}"}
+        for i in range(9)
+        for layer, place in enumerate(places)
+    ]
+    summary = summary_of([drift_row("c", places[0], 5, 1.0)], events)
+    lines = str(summary).splitlines()
+    assert str(summary) == render_text(summary)
+    assert "  weak0 at layers.0.resid_post: AUC 0.0 (and at 3 more)" in lines
+    assert "  … and weak6, weak7, weak8" in lines
+    assert [sum(f"weak{i}" in line for line in lines) for i in range(9)] == [1] * 9
 
 
 def test_natural_order() -> None:

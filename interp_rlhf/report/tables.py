@@ -146,6 +146,12 @@ class Summary:
     representation: tuple[RepresentationLine, ...]
     cost: Measurement | None
 
+    def __str__(self) -> str:
+        """The console summary, see :func:`interp_rlhf.report.console.render_text`."""
+        from interp_rlhf.report.console import render_text
+
+        return render_text(self)
+
     @property
     def specific(self) -> tuple[Finding, ...]:
         """Moved findings outside the band of comparable directions at some hookpoint where they moved."""
@@ -249,37 +255,6 @@ def headline(rows: Iterable[Measurement], limit: int) -> dict[str, float]:
     return dict(sorted((key, value) for *_, key, value in keyed[: max(limit, 0)]))
 
 
-def render_text(summary: Summary, *, limit: int = 6) -> str:
-    """The console summary at the end of training: plain language, about thirty lines at most.
-
-    Args:
-        limit: lines per section; the rest is counted.
-    """
-    if summary.step is None:
-        return "\n".join(["interp_rlhf: nothing was measured.", *_missing_lines(summary, limit)])
-    percent = f"{100 * summary.confidence:g} %"
-    lines = [
-        f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}.",
-        f"Drift: standard deviations (SD) of step 0, {percent} intervals, at the hookpoint where it is largest;",
-        "* = outside the band of comparable directions.",
-    ]
-    lines += _section(f"Moved beyond ±{summary.tolerance:g} SD on these texts", summary.moved, limit)
-    lines += _section("Not detected", summary.not_detected, limit)
-    for title, rows in (
-        ("Representation moved, no change of behaviour detected", summary.moved_without_behaviour),
-        ("Behaviour changed, no drift detected", summary.behaviour_without_moved),
-    ):
-        if rows:
-            more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
-            lines.append(f"{title}: {', '.join(f.readout for f in rows[:limit])}{more}.")
-    lines += _missing_lines(summary, limit)
-    lines += _representation_lines(summary)
-    if summary.cost is not None:
-        lines.append(f"Measuring took {100 * summary.cost.value:.1f} % of the time.")
-    lines.append("After almost any training most directions move; only those marked * moved more than comparable ones.")
-    return "\n".join([*lines, CAVEAT])
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -358,42 +333,3 @@ def _representation(rows: Sequence[Measurement]) -> tuple[RepresentationLine, ..
         RepresentationLine(name, tuple(sorted(by_hookpoint[name], key=lambda r: REPRESENTATION.index(r.metric))))
         for name in sorted(by_hookpoint, key=natural)
     )
-
-
-def _section(title: str, findings: Sequence[Finding], limit: int) -> list[str]:
-    if not findings:
-        return [f"{title}: none."]
-    names = max(len(finding.readout) for finding in findings[:limit])
-    where = max(len(finding.hookpoint) for finding in findings[:limit])
-    lines = [f"{title}:", *(_finding_line(finding, min(names, 28), where) for finding in findings[:limit])]
-    return lines + ([f"    … and {len(findings) - limit} more"] if len(findings) > limit else [])
-
-
-def _finding_line(finding: Finding, names: int, where: int) -> str:
-    low, high = finding.interval
-    mark = "*" if finding.outside_at else " "
-    number = f"{finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}]"
-    text = f"  {mark} {finding.readout:<{names}}  {number}  {finding.hookpoint:<{where}}"
-    if not finding.moved_at:
-        floor = "no drift: inside the numeric floor; " if finding.within_floor else ""
-        text += f"  ({floor}smallest detectable {finding.detectable:.2f})"
-    if finding.behaviour is not None:
-        changed = {True: "changed", False: "no change detected", None: "no interval"}[finding.behaviour_changed]
-        text += f"  behaviour {finding.behaviour.value:+.2f} nats, {changed}"
-    return text.rstrip()
-
-
-def _missing_lines(summary: Summary, limit: int) -> list[str]:
-    missing = summary.not_measured
-    if not missing:
-        return ["Not measured: nothing was left out."]
-    shown = [f"  {m.what or 'all'}{f' at {m.hookpoint}' if m.hookpoint else ''}: {m.reason}" for m in missing[:limit]]
-    return ["Not measured:", *shown] + ([f"  … and {len(missing) - limit} more"] if len(missing) > limit else [])
-
-
-def _representation_lines(summary: Summary) -> list[str]:
-    lines = []
-    for line in summary.representation[-4:]:
-        numbers = ", ".join(f"{row.metric.split('/')[1].replace('_', ' ')} {row.value:.3f}" for row in line.rows)
-        lines.append(f"Representation at {line.hookpoint}: {numbers}.")
-    return lines
