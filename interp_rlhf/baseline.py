@@ -72,7 +72,9 @@ def audit_readings(reading: Reading, table: TextTable, plan: Plan, hookpoint: st
     return by_unit(reading.means[hookpoint][rows], [prompt.unit for prompt in plan.audit.prompts])
 
 
-def sides(reading: Reading, table: TextTable, concept: ConceptTexts, hookpoint: str, half: str) -> tuple[Tensor, Tensor]:
+def sides(
+    reading: Reading, table: TextTable, concept: ConceptTexts, hookpoint: str, half: str
+) -> tuple[Tensor, Tensor]:
     """Readings of the positive and of the negative texts of one half (``fit`` or ``held``), ``[n, d]`` each."""
     pairs = concept.fit if half == "fit" else concept.held
     means = reading.means[hookpoint]
@@ -170,9 +172,7 @@ def _admit_concept(
     refused = []
     for hookpoint, start in x0.items():
         try:
-            direction = Direction.from_means(
-                concept.name, hookpoint, *sides(first, table, concept, hookpoint, "fit")
-            )
+            direction = Direction.from_means(concept.name, hookpoint, *sides(first, table, concept, hookpoint, "fit"))
             standardised_drift(start, start, direction.vector)  # refuses a direction along which nothing varies
             held = (direction.project(side) for side in sides(first, table, concept, hookpoint, "held"))
             auc = auc_estimate(*held, **statistics(config))

@@ -31,7 +31,14 @@ from transformers import TrainerCallback
 from interp_rlhf.activations.reference import Reference, check_is_start, find_reference, reading_difference
 from interp_rlhf.audit.store import RunStore, load_run
 from interp_rlhf.audit.timeline import to_frame
-from interp_rlhf.baseline import Baseline, baseline_tensors, direction_tensors, fit_baseline, reading_tensors, stored_readings
+from interp_rlhf.baseline import (
+    Baseline,
+    baseline_tensors,
+    direction_tensors,
+    fit_baseline,
+    reading_tensors,
+    stored_readings,
+)
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, barrier, join_world, run_on_main
 from interp_rlhf.errors import MeasurementError

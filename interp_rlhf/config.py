@@ -151,7 +151,7 @@ class InterpConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, where: str = "interp config") -> Self:
-        """Validate a plain mapping. An ``interp:`` key at the top is looked into; other TRL keys beside it are not ours.
+        """Validate a plain mapping. With an ``interp:`` key at the top, its content; keys beside it are TRL's.
 
         Raises:
             ConfigError: names ``where``, the field's path, what was found and what was expected.

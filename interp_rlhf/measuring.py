@@ -90,9 +90,7 @@ def _separation(
         yield "concept/cosine", concept.name, hookpoint, refit_cosine_estimate(*start, *now, **options)
 
 
-def _behaviour(
-    baseline: Baseline, concept: ConceptBaseline, reading: Reading, config: InterpConfig
-) -> Iterator[_Row]:
+def _behaviour(baseline: Baseline, concept: ConceptBaseline, reading: Reading, config: InterpConfig) -> Iterator[_Row]:
     options = statistics(config)
     start, now = _gaps(baseline, concept, baseline.start), _gaps(baseline, concept, reading)
     yield "concept/behaviour", concept.name, "", behaviour_estimate(now, **options)

@@ -88,9 +88,7 @@ class Plan:
         return replace(self, concepts=tuple(concept for concept in self.concepts if concept.name in names))
 
 
-def make_plan(
-    config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_dataset: Any, eval_dataset: Any
-) -> Plan:
+def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_dataset: Any, eval_dataset: Any) -> Plan:
     """Resolve hookpoints, draw audit texts and pairs, render packs, load directions.
 
     Raises:
@@ -141,9 +139,7 @@ def _audit_data(config: InterpConfig, train_dataset: Any, eval_dataset: Any) -> 
     else:
         evaluation = _Data(eval_dataset, "eval_dataset", "evaluation")
     training = _Data(train_dataset, "train_dataset", "training")
-    wanted = {"evaluation": (evaluation,), "training": (training,)}.get(
-        config.prompts.source, (evaluation, training)
-    )
+    wanted = {"evaluation": (evaluation,), "training": (training,)}.get(config.prompts.source, (evaluation, training))
     for data in wanted:
         if data.dataset is not None:
             if config.prompts.source != "named":

@@ -15,7 +15,16 @@ from interp_rlhf.distributed import World
 from interp_rlhf.plan import Plan
 
 #: Packages whose versions are recorded.
-RECORDED: tuple[str, ...] = ("interp-rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+RECORDED: tuple[str, ...] = (
+    "interp-rlhf",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Capture on every architecture, against what the models themselves report and against algebra of the residual stream."""
+"""Capture on every architecture, against what the models report and against algebra of the residual stream."""
 
 from __future__ import annotations
 
@@ -242,12 +242,14 @@ def test_hooks_are_gone_after_an_error_in_the_model_and_in_the_reader() -> None:
 def test_a_hookpoint_that_is_not_reached_or_reached_twice_is_an_error() -> None:
     model, inputs = make_model("llama"), make_batch()
     resolved = resolve_hookpoints(["layers.1.resid_post"], layout(model))
-    with pytest.raises(MeasurementError, match=r"'layers.1.resid_post': not reached"), recording(
-        resolved, lambda *_: None, stop_after_last=False
+    with (
+        pytest.raises(MeasurementError, match=r"'layers.1.resid_post': not reached"),
+        recording(resolved, lambda *_: None, stop_after_last=False),
     ):
         pass
-    with pytest.raises(MeasurementError, match="reached twice"), recording(
-        resolved, lambda *_: None, stop_after_last=False
+    with (
+        pytest.raises(MeasurementError, match="reached twice"),
+        recording(resolved, lambda *_: None, stop_after_last=False),
     ):
         model(**inputs)
         model(**inputs)
@@ -264,7 +266,9 @@ def read(model: Any, prompts: list[Prompt], names: list[str], **changes: Any) ->
 def test_readings_are_means_over_content_tokens_in_prompt_order(tokens: Any) -> None:
     """Against one unpadded text at a time, averaged by NumPy."""
     model, prompts = make_model("qwen2"), make_prompts()
-    readings = read(model, prompts, ["layers.1.resid_post"], tokens=tokens, skip_ids=frozenset({prompts[0].input_ids[2]}))
+    readings = read(
+        model, prompts, ["layers.1.resid_post"], tokens=tokens, skip_ids=frozenset({prompts[0].input_ids[2]})
+    )
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt.input_ids])

@@ -15,7 +15,14 @@ from interp_rlhf.activations.capturing import Readings, capture, read_prompts
 from interp_rlhf.activations.engines import find_engine, measuring
 from interp_rlhf.activations.hookpoints import layout
 
-NAMES = ["embed", "layers.0.heads", "layers.1.attn_out", "layers.1.mlp_out", "layers.1.resid_post", "layers.2.resid_post"]
+NAMES = [
+    "embed",
+    "layers.0.heads",
+    "layers.1.attn_out",
+    "layers.1.mlp_out",
+    "layers.1.resid_post",
+    "layers.2.resid_post",
+]
 
 
 def read(model: Any, names: list[str] = NAMES, **changes: Any) -> Readings:
@@ -197,7 +204,9 @@ def test_trls_policy_and_value_wrapper_reads_the_policy_only() -> None:
 
     model = make_model("llama")
     expected = read(model)
-    value = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **CONFIGS["llama"], num_labels=1))
+    value = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("llama", **CONFIGS["llama"], num_labels=1)
+    )
     wrapper = ppo.PolicyAndValueWrapper(model, value).train()
     with counting(value.model) as calls:
         assert_same(read(wrapper), expected)
@@ -207,7 +216,9 @@ def test_trls_policy_and_value_wrapper_reads_the_policy_only() -> None:
 def test_reward_models_are_read_too() -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **CONFIGS["llama"], num_labels=1))
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("llama", **CONFIGS["llama"], num_labels=1)
+    )
     inputs = make_batch()
     found = capture(model.eval(), inputs, ["layers.1.resid_post"])["layers.1.resid_post"]
     with torch.no_grad():

@@ -118,7 +118,7 @@ def test_an_unknown_architecture_lists_its_candidates_and_can_be_overridden() ->
     assert parts.layers is model.second and parts.path == "second"
     with pytest.raises(HookpointError, match="no attention output projection in ReLU"):
         resolve_hookpoints(["layers.0.heads"], parts)
-    with pytest.raises(HookpointError, match="hookpoint 'layers.0.mlp_out': layers.0: no MLP"):
+    with pytest.raises(HookpointError, match=r"hookpoint 'layers\.0\.mlp_out': layers\.0: no MLP"):
         resolve_hookpoints(["layers.0.mlp_out"], parts)
     with pytest.raises(HookpointError, match="layers='nowhere': expected a ModuleList, found nothing"):
         layout(model, layers="nowhere")

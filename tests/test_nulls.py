@@ -42,12 +42,12 @@ def test_bootstrap_interval_holds_the_truth_as_often_as_scipys() -> None:
 
 def test_bootstrap_is_seeded_and_leaves_the_global_generators_alone() -> None:
     values = torch.linspace(0, 1, 30)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = nulls.paired_bootstrap(values, seed=4)
     assert nulls.paired_bootstrap(values, seed=4) == first != nulls.paired_bootstrap(values, seed=5)
     nulls.covariance_directions(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), 3, 0)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before[1]).all()
 
 
 def test_constant_values_have_an_interval_of_no_width() -> None:
@@ -83,7 +83,7 @@ def test_directions_have_the_covariance_of_the_activations(drop_top: bool) -> No
 
 
 def test_unscaled_draws_reproduce_the_covariance_matrix() -> None:
-    """Before scaling to length 1 the construction is exact: recovered here from N < d, where directions stay in span."""
+    """Before scaling to length 1 the construction is exact: recovered from N < d, where directions stay in span."""
     x0 = torch.randn(10, 40, generator=torch.Generator().manual_seed(10))
     directions = nulls.covariance_directions(x0, 500, 11).double().numpy()
     centred = (x0 - x0.mean(0)).double().numpy()

@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model
 from trainers.table import causal_lm, lora
 
-from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.capturing import read_prompts
+from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.reference import check_is_start, find_reference, reading_difference
 from interp_rlhf.errors import ReferenceMismatch
 
@@ -16,7 +16,9 @@ TEXTS = [Prompt((1, *range(5 + i, 15 + i)), 4, str(i)) for i in range(6)]
 
 
 def read(model):
-    return read_prompts(model, TEXTS, ["layers.0.resid_post", "layers.2.resid_post"], batch_size=4, pad_token_id=0).means
+    return read_prompts(
+        model, TEXTS, ["layers.0.resid_post", "layers.2.resid_post"], batch_size=4, pad_token_id=0
+    ).means
 
 
 def adapted():

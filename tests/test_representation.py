@@ -174,14 +174,14 @@ def test_floor_holds_the_second_reading_and_not_a_real_change() -> None:
 
 def test_estimates_carry_everything_a_row_needs_and_leave_the_global_generators_alone() -> None:
     x = normal(15, 20, 6)
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     found = everything(x, x + 0.1 * normal(16, 20, 6), resamples=100)
     assert list(found) == REPRESENTATION
     for name, value in found.items():
         assert value.ci_low <= value.value <= value.ci_high
         assert (value.null_kind, value.tier, value.unit, value.n, value.p) == ("numeric", "A", "1", 20, None), name
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == numpy_state).all()
     assert everything(x, x + 0.1 * normal(16, 20, 6), resamples=100) == found
 
 

@@ -8,7 +8,10 @@ from trainers.table import tokenizer
 from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.errors import PromptError
 
-CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 @pytest.fixture
@@ -67,7 +70,10 @@ def test_raw_text_matches_what_dpo_prepares(encode, tmp_path):
     raw = preferences()
     for index in range(5):
         row = {k: prepared[index][k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")}
-        ours = one({**raw[index], "chosen": raw[index]["chosen"] + " </s>", "rejected": raw[index]["rejected"] + " </s>"}, encode)
+        ours = one(
+            {**raw[index], "chosen": raw[index]["chosen"] + " </s>", "rejected": raw[index]["rejected"] + " </s>"},
+            encode,
+        )
         assert ours.prompts == one(row, encode).prompts
 
 

@@ -40,7 +40,9 @@ def test_log_probabilities_are_the_models_own(model_type: str) -> None:
     assert expected.std() > 1
 
 
-@pytest.mark.parametrize(("model_type", "setting"), [("gemma2", "final_logit_softcapping"), ("granite", "logits_scaling")])
+@pytest.mark.parametrize(
+    ("model_type", "setting"), [("gemma2", "final_logit_softcapping"), ("granite", "logits_scaling")]
+)
 def test_the_heads_settings_matter_in_these_tests(model_type: str, setting: str) -> None:
     model, prompts = make_model(model_type), make_prompts()
     before = scores(model, prompts)

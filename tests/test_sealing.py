@@ -50,13 +50,13 @@ def test_every_flipped_byte_of_a_sealed_document_is_found():
     for position in range(len(data)):
         for mask in (0x01, 0x20, 0x80):
             flipped = data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :]
-            with pytest.raises(FormatError, match="^file: [^\n]+$"):
+            with pytest.raises(FormatError, match=r"^file: [^\n]+$"):
                 sealing.unseal(flipped, "file")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"seal": 1}', b"[" * 100_000, b"\xff\xfe", b'{"seal": "x"} {}'])
 def test_foreign_documents_are_refused_in_one_line(data):
-    with pytest.raises(FormatError, match="^file: [^\n]+$"):
+    with pytest.raises(FormatError, match=r"^file: [^\n]+$"):
         sealing.unseal(data, "file")
 
 

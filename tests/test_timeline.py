@@ -152,7 +152,7 @@ def test_damage_in_the_middle_names_the_line_and_stops_the_writer(path):
 def test_a_row_of_another_version_is_refused(path):
     line, _ = timeline._seal_line({"metric": "x", "step": 1}, timeline.GENESIS)
     path.write_bytes(line)
-    with pytest.raises(FormatError, match="line 1: .*another version"):
+    with pytest.raises(FormatError, match=r"line 1: .*another version"):
         timeline.read_timeline(path)
 
 

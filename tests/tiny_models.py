@@ -82,10 +82,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 #: Architectures in which each block adds attention and MLP outputs to the stream as they are.
-PLAIN_RESIDUAL = (
-    "llama mistral qwen2 qwen3 gemma gpt2 gpt_neox opt phi phi3 mixtral qwen3_moe olmoe gpt_oss bloom falcon gptj "
-    "gpt_neo cohere stablelm starcoder2 smollm3 mpt"
-).split()
+PLAIN_RESIDUAL = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "bloom",
+    "falcon",
+    "gptj",
+    "gpt_neo",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "smollm3",
+    "mpt",
+]
 
 
 def make_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:

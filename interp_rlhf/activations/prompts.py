@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from interp_rlhf.errors import PromptError
-from interp_rlhf.measurement import Source
 
 PaddingSide = Literal["left", "right"]
 Tokens = Literal["completion", "prompt", "all"]

@@ -1,4 +1,4 @@
-"""What one dataset row means as tokens: the column layouts of TRL's trainers, prepared and raw, plain and conversational."""
+"""What one dataset row means as tokens: TRL's column layouts, prepared and raw, plain and conversational."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import conftest  # noqa: F401  offline, single-threaded
-import torch
-from trainers.table import preferences, tokenizer
-from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+import conftest  # noqa: E402, F401  offline, single-threaded
+import torch  # noqa: E402
+from trainers.table import preferences, tokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from interp_rlhf import attach
+from interp_rlhf import attach  # noqa: E402
 
 CONFIG = {
     "prompts": {"n": 15, "batch_size": 4},  # odd: one rank's share is padded

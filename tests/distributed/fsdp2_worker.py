@@ -1,4 +1,4 @@
-"""One of the processes of ``test_fsdp2_capture.py``: readings of an FSDP2 model before, between and after training steps."""
+"""One process of ``test_fsdp2_capture.py``: readings of an FSDP2 model before, between and after training steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ TYPES = ["llama", "gemma2", "gpt2", "mixtral"]
 
 def readings(model: torch.nn.Module, rank: int, world: int) -> dict[str, torch.Tensor]:
     """This rank's share of the texts, so that ranks see batches of different widths."""
-    found = read_prompts(
-        model, make_prompts(8)[rank::world], NAMES, batch_size=2, pad_token_id=0, log_probs=True
-    )
+    found = read_prompts(model, make_prompts(8)[rank::world], NAMES, batch_size=2, pad_token_id=0, log_probs=True)
     plain = read_prompts(model, make_prompts(8)[rank::world], NAMES[:2], batch_size=2, pad_token_id=0)
     assert torch.equal(plain.means["embed"], found.means["embed"])
     assert found.log_probs is not None

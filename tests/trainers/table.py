@@ -85,18 +85,20 @@ def sentence(seed: int, length: int) -> str:
 
 
 def preferences(n: int = 48) -> Dataset:
-    return Dataset.from_list(
-        [
-            {"prompt": sentence(3 * i, 5), "chosen": " " + sentence(3 * i + 1, 4 + i % 3), "rejected": " " + sentence(3 * i + 2, 5)}
-            for i in range(n)
-        ]
-    )  # fmt: skip
+    rows = []
+    for i in range(n):
+        chosen, rejected = " " + sentence(3 * i + 1, 4 + i % 3), " " + sentence(3 * i + 2, 5)
+        rows.append({"prompt": sentence(3 * i, 5), "chosen": chosen, "rejected": rejected})
+    return Dataset.from_list(rows)
 
 
 def unpaired(n: int = 48) -> Dataset:
     return Dataset.from_list(
-        [{"prompt": sentence(2 * i, 5), "completion": " " + sentence(2 * i + 1, 5), "label": i % 2 == 0} for i in range(n)]
-    )  # fmt: skip
+        [
+            {"prompt": sentence(2 * i, 5), "completion": " " + sentence(2 * i + 1, 5), "label": i % 2 == 0}
+            for i in range(n)
+        ]
+    )
 
 
 def prompts(n: int = 48) -> Dataset:
@@ -220,7 +222,8 @@ def _plain(output_dir: Path, *, use_lora: bool = False, model: Any = None, **cha
     data = texts().map(lambda row: encode(row["text"]), remove_columns=["text"])
     model = model or causal_lm()
     return Trainer(
-        get_peft_model(model, lora()) if use_lora else model, args=TrainingArguments(**arguments(output_dir, **changes)),
+        get_peft_model(model, lora()) if use_lora else model,
+        args=TrainingArguments(**arguments(output_dir, **changes)),
         train_dataset=data, eval_dataset=data.select(range(24)), processing_class=encode,
         data_collator=DataCollatorForLanguageModeling(encode, mlm=False),
     )  # fmt: skip

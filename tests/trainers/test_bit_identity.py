@@ -17,7 +17,10 @@ from trainers.table import trainers
 
 from interp_rlhf import attach
 
-EVERYTHING = ("embed", *(f"layers.{i}.{site}" for i in range(3) for site in ("resid_post", "attn_out", "mlp_out", "heads")))
+EVERYTHING = (
+    "embed",
+    *(f"layers.{i}.{site}" for i in range(3) for site in ("resid_post", "attn_out", "mlp_out", "heads")),
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lora": {"use_lora": True},

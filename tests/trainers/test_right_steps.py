@@ -104,7 +104,9 @@ def test_tensorboard_holds_the_same_rows(tracked: dict[str, Any]) -> None:
         for key, value in row.items():
             (found,) = [e.value for e in events.Scalars(f"train/{key}") if e.step == step]
             assert found == pytest.approx(value, rel=1e-5, abs=1e-7)
-    logged = {e.step for tag in events.Tags()["scalars"] if tag.startswith("train/interp/") for e in events.Scalars(tag)}
+    logged = {
+        e.step for tag in events.Tags()["scalars"] if tag.startswith("train/interp/") for e in events.Scalars(tag)
+    }
     assert logged == {5, 10, 15, 20, 21}
 
 
