@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ from interp_rlhf.readouts.directions import Direction
 #: Names of the tensors that a step-0 snapshot keeps for a later resume.
 FIRST, AGAIN = "start/", "start_again/"
 LOG_PROBS, LOG_PROBS_AGAIN = "start_log_probs", "start_again_log_probs"
+
+
+class IntervalOptions(TypedDict):
+    """Keyword arguments of every estimate that has a bootstrap interval."""
+
+    resamples: int
+    confidence: float
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,7 @@ def _admit_concept(
         except MeasurementError as error:
             refused.append(Refusal(concept.name, hookpoint, str(error)))
             continue
-        reason = admit(auc.value, auc.ci_low, lexical)
+        reason = admit(auc.value, 0.0 if auc.ci_low is None else auc.ci_low, lexical)
         if reason is None:
             found[hookpoint] = direction
         else:
@@ -187,13 +196,11 @@ def _admit_concept(
     return found, refused
 
 
-def statistics(config: InterpConfig) -> dict[str, float | int]:
+def statistics(config: InterpConfig) -> IntervalOptions:
     """The arguments that every estimate with an interval takes."""
-    return {
-        "resamples": config.statistics.bootstrap,
-        "confidence": config.statistics.confidence,
-        "seed": config.seed,
-    }
+    return IntervalOptions(
+        resamples=config.statistics.bootstrap, confidence=config.statistics.confidence, seed=config.seed
+    )
 
 
 def _completion(prompt: Prompt) -> Sequence[int]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from interp_rlhf.activations.reference import Reference, check_is_start, find_reference, reading_difference
-from interp_rlhf.audit.store import RunStore, load_run
+from interp_rlhf.audit.store import Run, RunStore, load_run
 from interp_rlhf.audit.timeline import to_frame
 from interp_rlhf.baseline import (
     Baseline,
@@ -59,14 +59,15 @@ log = logging.getLogger("interp_rlhf")
 
 @dataclass
 class _Run:
-    """What changes while one ``train()`` runs. Files and statistics belong to the main process."""
+    """What changes while one ``train()`` runs. ``store`` and ``baseline`` are the main process's."""
 
     model: nn.Module
     world: World
+    plan: Plan
     reference: Reference
-    store: RunStore | None = None  # main process only
+    store: RunStore
     segment: int = 0
-    baseline: Baseline | None = None  # main process only
+    fitted: Baseline | None = None
     table: TextTable | None = None  # what a measurement reads; None until step 0 was measured
     start_means: Mapping[str, Tensor] = field(default_factory=dict)
     reading: Reading | None = None
@@ -77,6 +78,13 @@ class _Run:
     saved_step: int = -1
     began: float = field(default_factory=time.monotonic)
     spent: float = 0.0
+
+    @property
+    def baseline(self) -> Baseline:
+        """What step 0 left; an error where measuring it failed."""
+        if self.fitted is None:
+            raise MeasurementError("nothing to compare with, since measuring the start failed")
+        return self.fitted
 
 
 class InterpCallback(TrainerCallback):
@@ -93,43 +101,46 @@ class InterpCallback(TrainerCallback):
         self.config = InterpConfig.resolve(config)
         self.rows_reach_the_log = False
         self.trainer_class = ""
-        self.output_dir: Path | None = None
         self._plan: Plan | None = None
         self._ref_model: nn.Module | None = None
         self._tokenizer: Any = None
-        self._run: _Run | None = None
+        self._current: _Run | None = None
+
+    @property
+    def _run(self) -> _Run:
+        if self._current is None:
+            raise MeasurementError("InterpCallback: training has not begun")
+        return self._current
 
     # -- before training -------------------------------------------------------------------------------------------
 
     def prepare(
         self, *, model: nn.Module, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: Any, ref_model: Any
-    ) -> None:
+    ) -> Plan:
         """Plan the run. Raises :class:`InterpError` for wrong input, before anything has been trained."""
         find_reference("auto" if self.config.reference == "copy" else self.config.reference, model, ref_model)
-        self._plan = make_plan(self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        self._tokenizer, self._ref_model = tokenizer, ref_model
-        self.output_dir = Path(args.output_dir)
+        plan = make_plan(self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self._plan, self._tokenizer, self._ref_model = plan, tokenizer, ref_model
         every, logging_steps = self.config.schedule.every, getattr(args, "logging_steps", 0) or 0
         if logging_steps >= 1 and every % int(logging_steps):
             log.warning("schedule.every=%d rounds up to steps that log (logging_steps=%d)", every, logging_steps)
+        return plan
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the segment and measure step 0 (or take its readings from disk when a run is resumed)."""
         model = kwargs["model"]
-        if self._plan is None:
-            self._prepare_bare(args, model, kwargs)
+        plan = self._plan or self._prepare_bare(args, model, kwargs)
         world, step = join_world(), state.global_step
-        run = self._run = _Run(model, world, find_reference(self.config.reference, model, self._ref_model))
-        if world.is_main:
-            run.store = RunStore(args.output_dir)
-        info = run_info(self.config, self._plan, model, self._tokenizer, self.trainer_class, world)
+        reference = find_reference(self.config.reference, model, self._ref_model)
+        run = self._current = _Run(model, world, plan, reference, RunStore(args.output_dir))
+        info = run_info(self.config, plan, model, self._tokenizer, self.trainer_class, world)
         run.segment = run_on_main(lambda: run.store.start(info, resumed_from=step or None), world)
         self._guarded(step, "the baseline", lambda: self._start(step))
 
-    def _prepare_bare(self, args: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    def _prepare_bare(self, args: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> Plan:
         log.warning("bare InterpCallback: timeline and snapshots only; attach(trainer) also fills the trainer's log")
         data = {name: getattr(kwargs.get(f"{name}_dataloader"), "dataset", None) for name in ("train", "eval")}
-        self.prepare(
+        return self.prepare(
             model=model,
             tokenizer=kwargs.get("processing_class"),
             train_dataset=data["train"],
@@ -142,21 +153,21 @@ class InterpCallback(TrainerCallback):
 
     def _start(self, step: int) -> None:
         """Read θ_0 twice, or load both readings where the run is resumed; fit, admit, record, snapshot."""
-        run, plan, began = self._run, self._plan, time.monotonic()
-        table = plan.table(fit=True)
+        run, began = self._run, time.monotonic()
+        table = run.plan.table(fit=True)
         stored = run_on_main(lambda: self._stored_start(table), run.world) if step else None
         first, again = stored or self._read_start(step, table)
         names = run_on_main(lambda: self._fit(table, first, again), run.world)
-        run.table = plan.keep(names).table(fit=self.config.concepts.refit)
+        run.table = run.plan.keep(names).table(fit=self.config.concepts.refit)
         rows = table.rows(run.table.prompts)
         run.start_means = {name: value[rows] for name, value in first.means.items()}
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), run.world)
-        run.tried_step = run.measured_step = step
+        run.tried_step = run.measured_step = run.saved_step = step
 
     def _stored_start(self, table: TextTable) -> tuple[Reading, Reading] | None:
         tensors = self._run.store.baseline()
-        return None if tensors is None else stored_readings(tensors, self._plan, table)
+        return None if tensors is None else stored_readings(tensors, self._run.plan, table)
 
     def _read_start(self, step: int, table: TextTable) -> tuple[Reading, Reading]:
         run = self._run
@@ -171,10 +182,10 @@ class InterpCallback(TrainerCallback):
 
     def _fit(self, table: TextTable, first: Reading, again: Reading) -> list[str]:
         run = self._run
-        run.baseline = fit_baseline(self._plan, table, first, again, self.config)
-        for refusal in run.baseline.refused:
+        run.fitted = fitted = fit_baseline(run.plan, table, first, again, self.config)
+        for refusal in fitted.refused:
             run.store.event("refused", **asdict(refusal))
-        return [concept.name for concept in run.baseline.concepts]
+        return [concept.name for concept in fitted.concepts]
 
     def _record_start(self, step: int, table: TextTable, first: Reading, again: Reading, began: float) -> None:
         run = self._run
@@ -189,7 +200,7 @@ class InterpCallback(TrainerCallback):
 
     def before_log(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """The headline scalars of a due measurement, for the row that is about to be logged; usually empty."""
-        run, step = self._run, state.global_step
+        run, step = self._current, state.global_step
         if run is None or step == run.logged_step or any(key.startswith("eval_") for key in logs):
             return {}
         if step != run.measured_step:
@@ -212,7 +223,7 @@ class InterpCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure exactly the saved weights and write the snapshot beside them."""
-        run, step = self._run, state.global_step
+        run, step = self._current, state.global_step
         if run is None or run.saved_step == step:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
@@ -220,7 +231,7 @@ class InterpCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the end where it was not, write the last snapshot, the summary and the report."""
-        run, step = self._run, state.global_step
+        run, step = self._current, state.global_step
         if run is None:
             return
         if run.saved_step != step:
@@ -252,11 +263,16 @@ class InterpCallback(TrainerCallback):
         if run.measured_step != step:
             self._measure(step)
         barrier(run.world)  # every rank has finished writing its part of the checkpoint
-        run_on_main(lambda: self._snapshot(step, reading_tensors(run.reading), checkpoint), run.world)
+        run_on_main(lambda: self._snapshot_reading(step, checkpoint), run.world)
         run.saved_step = step
 
+    def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
+        if self._run.reading is None:
+            raise MeasurementError(f"step {step}: no reading to keep")
+        self._snapshot(step, reading_tensors(self._run.reading), checkpoint)
+
     def _read(self, table: TextTable, model: nn.Module, **order: Any) -> Reading:
-        return read_table(model, table, self._plan, self.config, self._run.world, **order)
+        return read_table(model, table, self._run.plan, self.config, self._run.world, **order)
 
     def _record(self, step: int, rows: Sequence[Measurement], tokens: int, began: float) -> tuple[Measurement, ...]:
         """Append to the timeline with the cost of getting here; gives all rows of the measurement."""
@@ -278,7 +294,7 @@ class InterpCallback(TrainerCallback):
             run.rows,
             tensors,
             checkpoint=checkpoint,
-            captured={"hookpoints": list(self._plan.hookpoints), "texts": self._plan.audit.hash},
+            captured={"hookpoints": list(run.plan.hookpoints), "texts": run.plan.audit.hash},
             cost={"seconds_so_far": run.spent},
             keep=self.config.snapshots.keep,
         )
@@ -296,22 +312,25 @@ class InterpCallback(TrainerCallback):
                 raise
             log.warning("step %d: %s failed, training goes on: %s", step, what, reason)
             log.debug("traceback", exc_info=error)
-            if run.store is not None and run.segment:
+            if run.world.is_main and run.segment:
                 run.store.event("failure", step=step, what=what, reason=reason.splitlines()[0])
 
     # -- what was found --------------------------------------------------------------------------------------------
 
     def timeline(self) -> pd.DataFrame:
         """Rows of the timeline on disk; empty before training. Main process only."""
-        return to_frame([]) if self._run is None or self._run.store is None else load_run(self.output_dir).timeline()
+        run = self._stored_run()
+        return to_frame([]) if run is None else run.timeline()
 
     def summary(self) -> Summary:
         """What moved, what did not, what could not be measured, from the timeline on disk."""
         options = {"tolerance": self.config.statistics.tolerance, "confidence": self.config.statistics.confidence}
-        if self._run is None or self._run.store is None:
-            return summarise(to_frame([]), [], **options)
-        run = load_run(self.output_dir)
-        return summarise(run.timeline(), run.events, **options)
+        run = self._stored_run()
+        return summarise(to_frame([] if run is None else run.rows), [] if run is None else run.events, **options)
+
+    def _stored_run(self) -> Run | None:
+        run = self._current
+        return load_run(run.store.folder) if run is not None and run.world.is_main else None
 
     def _tell(self) -> None:
         print(self.summary())
@@ -322,4 +341,5 @@ class InterpCallback(TrainerCallback):
             return
         from interp_rlhf.report.html import write_report
 
-        print(f"report: {write_report(load_run(self.output_dir), self.output_dir / 'interp' / 'report.html')}")
+        folder = self._run.store.folder
+        print(f"report: {write_report(load_run(folder), folder / 'report.html')}")

@@ -63,21 +63,23 @@ def gather_rows(local: Tensor, n: int, world: World) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:n]
 
 
-def agree(error: Exception | None, world: World) -> None:
-    """Every rank learns whether any rank failed, and all raise together.
+def agree(outcome: T | Exception, world: World) -> T:
+    """This rank's outcome, once every rank knows that none failed; where one did, all raise together.
 
     Raises:
-        MeasurementError: on all ranks, naming the failing ranks and their errors; the own error is its cause.
+        MeasurementError: on all ranks, naming the failing ranks and their errors; the own error is its cause. A
+            process on its own raises its error as it is.
     """
-    if world.size == 1:
-        if error is not None:
-            raise error
-        return
-    found: list[str | None] = [None] * world.size
-    dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=world.group)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
-    if failed:
-        raise MeasurementError("; ".join(failed)) from error
+    error = outcome if isinstance(outcome, Exception) else None
+    if world.size > 1:
+        found: list[str | None] = [None] * world.size
+        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=world.group)
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
+        if failed:
+            raise MeasurementError("; ".join(failed)) from error
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def run_on_main(work: Callable[[], T], world: World) -> T:

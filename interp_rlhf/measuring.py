@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from interp_rlhf.baseline import Baseline, ConceptBaseline, audit_readings, sides, statistics
+from interp_rlhf.baseline import Baseline, audit_readings, sides, statistics
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.drift.concepts import (
     auc_estimate,
@@ -19,7 +19,9 @@ from interp_rlhf.drift.concepts import (
 from interp_rlhf.drift.estimates import Estimate, estimate
 from interp_rlhf.drift.representation import representation_estimates
 from interp_rlhf.measurement import Measurement, Source
+from interp_rlhf.plan import ConceptTexts
 from interp_rlhf.reading import Reading
+from interp_rlhf.readouts.directions import Direction
 
 _Row = tuple[str, str, str, Estimate]  # metric, readout, hookpoint, estimate
 
@@ -72,35 +74,35 @@ def _concepts(baseline: Baseline, reading: Reading, config: InterpConfig, *, at_
             yield "concept/drift", concept.name, hookpoint, drift_estimate(x0, xt, v, comparison, **options)
             yield "concept/drift_norm", concept.name, hookpoint, drift_norm_estimate(x0, xt, v, **options)
             if concept.texts is not None:
-                yield from _separation(baseline, concept, reading, hookpoint, config)
+                yield from _separation(baseline, concept.texts, direction, reading, config)
         if concept.texts is not None and baseline.plan.behaviour:
-            yield from _behaviour(baseline, concept, reading, config)
+            yield from _behaviour(baseline, concept.texts, reading, config)
 
 
 def _separation(
-    baseline: Baseline, concept: ConceptBaseline, reading: Reading, hookpoint: str, config: InterpConfig
+    baseline: Baseline, concept: ConceptTexts, direction: Direction, reading: Reading, config: InterpConfig
 ) -> Iterator[_Row]:
     """Does the step-0 direction still separate the held-out pairs, and where does a refit of it point?"""
-    options, direction = statistics(config), concept.directions[hookpoint]
-    held = (direction.project(side) for side in sides(reading, baseline.table, concept.texts, hookpoint, "held"))
+    options, hookpoint = statistics(config), direction.hookpoint
+    held = (direction.project(side) for side in sides(reading, baseline.table, concept, hookpoint, "held"))
     yield "concept/auc", concept.name, hookpoint, auc_estimate(*held, **options)
     if config.concepts.refit:
-        start = sides(baseline.start, baseline.table, concept.texts, hookpoint, "fit")
-        now = sides(reading, baseline.table, concept.texts, hookpoint, "fit")
+        start = sides(baseline.start, baseline.table, concept, hookpoint, "fit")
+        now = sides(reading, baseline.table, concept, hookpoint, "fit")
         yield "concept/cosine", concept.name, hookpoint, refit_cosine_estimate(*start, *now, **options)
 
 
-def _behaviour(baseline: Baseline, concept: ConceptBaseline, reading: Reading, config: InterpConfig) -> Iterator[_Row]:
+def _behaviour(baseline: Baseline, concept: ConceptTexts, reading: Reading, config: InterpConfig) -> Iterator[_Row]:
     options = statistics(config)
     start, now = _gaps(baseline, concept, baseline.start), _gaps(baseline, concept, reading)
     yield "concept/behaviour", concept.name, "", behaviour_estimate(now, **options)
     yield "concept/behaviour_change", concept.name, "", behaviour_change_estimate(start, now, **options)
 
 
-def _gaps(baseline: Baseline, concept: ConceptBaseline, reading: Reading) -> Tensor:
+def _gaps(baseline: Baseline, concept: ConceptTexts, reading: Reading) -> Tensor:
     """``log p(positive) − log p(negative)`` of each held-out pair, ``[n]`` nats."""
-    positive = baseline.table.rows([pair.positive for pair in concept.texts.held])
-    negative = baseline.table.rows([pair.negative for pair in concept.texts.held])
+    positive = baseline.table.rows([pair.positive for pair in concept.held])
+    negative = baseline.table.rows([pair.negative for pair in concept.held])
     return reading.log_probs[positive] - reading.log_probs[negative]
 
 

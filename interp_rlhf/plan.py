@@ -132,7 +132,7 @@ class _Data:
 
 
 def _audit_data(config: InterpConfig, train_dataset: Any, eval_dataset: Any) -> _Data | None:
-    """The dataset that texts are drawn from; ``None`` where only named prompts are read."""
+    """The dataset that texts are drawn from, the first of the wanted ones that the trainer has."""
     if isinstance(eval_dataset, Mapping):
         name, eval_dataset = next(iter(eval_dataset.items()), ("", None))
         evaluation = _Data(eval_dataset, f"eval_dataset[{name!r}]", "evaluation")
@@ -145,9 +145,7 @@ def _audit_data(config: InterpConfig, train_dataset: Any, eval_dataset: Any) -> 
             if config.prompts.source != "named":
                 check_drawable(data.dataset, data.name)
             return data
-    if config.prompts.source == "named":
-        return None
-    raise PromptError(f"prompts.source: {config.prompts.source}: the trainer has no such dataset")
+    return None
 
 
 def _audit_prompts(config: InterpConfig, data: _Data | None, tokenizer: Any, limit: int, *, skip: int) -> PromptSet:
@@ -156,6 +154,8 @@ def _audit_prompts(config: InterpConfig, data: _Data | None, tokenizer: Any, lim
         if settings.path is None:
             raise ConfigError("prompts.path: required with prompts.source: named, found none")
         audit = PromptSet.from_jsonl(settings.path, tokenizer, max_length=limit, n=settings.n)
+    elif data is None:
+        raise PromptError(f"prompts.source: {settings.source}: the trainer has no such dataset")
     else:
         audit = PromptSet.from_rows(
             draw_rows(

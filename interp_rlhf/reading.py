@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from interp_rlhf.activations.capturing import read_prompts
+from interp_rlhf.activations.capturing import Readings, read_prompts
 from interp_rlhf.activations.engines import find_engine
 from interp_rlhf.activations.hookpoints import layout
 from interp_rlhf.activations.prompts import PaddingSide, Prompt
@@ -90,10 +90,9 @@ def _read_shared(
     longest_first: bool,
     scored: bool,
 ) -> Reading:
-    error: Exception | None = None
-    local = None
+    outcome: Readings | Exception
     try:
-        local = read_prompts(
+        outcome = read_prompts(
             model,
             [prompts[i] for i in share(len(prompts), world)],
             plan.hookpoints,
@@ -108,9 +107,9 @@ def _read_shared(
     except Exception as problem:  # agreed on below by all ranks, where they can still talk
         if world.size > 1 and not find_engine(model, layout(model)).may_stop:  # collectives inside the forward
             raise ShardedForwardError(f"rank {world.rank}: {type(problem).__name__}: {problem}") from problem
-        error = problem
-    agree(error, world)
+        outcome = problem
+    local = agree(outcome, world)
     n = len(prompts)
     means = {name: gather_rows(local.means[name], n, world) for name in plan.hookpoints}
-    log_probs = gather_rows(local.log_probs.double(), n, world) if scored else torch.empty(0)
+    log_probs = torch.empty(0) if local.log_probs is None else gather_rows(local.log_probs.double(), n, world)
     return Reading(means, log_probs, local.tokens * world.size, local.seconds)

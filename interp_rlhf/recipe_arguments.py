@@ -25,16 +25,18 @@ class InterpArguments:
     )
 
 
-def local_path(name: str, what: str) -> str:
-    """A model or dataset name as it is, unless it looks like a local path and nothing is there.
+def local_path(name: str | None, what: str) -> str:
+    """A model or dataset name as it is, unless there is none or it looks like a local path and nothing is there.
 
     Args:
         name: a hub name (``owner/name``) or a local path (starting with ``.``, ``/``, ``~`` or ``demo/``).
         what: the argument it came from, for the message.
 
     Raises:
-        ConfigError: the path does not exist.
+        ConfigError: no name was given, or the path does not exist.
     """
+    if name is None:
+        raise ConfigError(f"{what}: required, found none")
     if name.startswith((".", "/", "~", "demo/")) and not Path(name).expanduser().exists():
         hint = "; `interp-rlhf demo` writes it" if name.startswith("demo/") else ""
         raise ConfigError(f"{what}: {name} does not exist{hint}")

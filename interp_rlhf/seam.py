@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from interp_rlhf.callback import InterpCallback
 from interp_rlhf.config import InterpConfig
@@ -76,7 +76,7 @@ class Handle:
         original = type(trainer).__dict__.get("_interp_original")
         if original is not None:
             trainer.__class__ = original
-        del trainer.interp
+        del cast(InterpMixin, trainer).interp
 
 
 class DetachedHandle:
@@ -115,6 +115,8 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
         return DetachedHandle()
     if isinstance(trainer, InterpMixin) and "interp" in trainer.__dict__:
         raise InterpError(f"attach: this {type(trainer).__name__} is attached already; call handle.detach() first")
+    if trainer.model is None:
+        raise InterpError(f"attach: this {type(trainer).__name__} has no model")
     callback = InterpCallback(config)
     callback.prepare(
         model=trainer.model,
@@ -129,8 +131,8 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
     if not isinstance(trainer, InterpMixin):
         trainer.__class__ = _with_mixin(type(trainer), _interp_original=type(trainer))
     trainer.add_callback(callback)
-    trainer.interp = Handle(trainer, callback)  # type: ignore[attr-defined]
-    return trainer.interp  # type: ignore[attr-defined]
+    handle = cast(InterpMixin, trainer).interp = Handle(trainer, callback)
+    return handle
 
 
 def with_interp(cls: type, config: Config = None) -> type:

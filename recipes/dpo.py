@@ -33,7 +33,7 @@ def main(
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **(training_args.model_init_kwargs or {}),  # pyrefly: ignore[invalid-argument]  parsed by now
     }
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)

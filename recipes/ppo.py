@@ -35,11 +35,8 @@ def tokenize(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         prompt = row["prompt"]
         if isinstance(prompt, str):
             return {"input_ids": tokenizer(prompt)["input_ids"]}
-        return {
-            "input_ids": tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        }
+        encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        return {"input_ids": encoded["input_ids"]}
 
     return dataset.map(ids, remove_columns=dataset.column_names)
 
@@ -60,7 +57,7 @@ def main(
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
     }
-    tokenizer = AutoTokenizer.from_pretrained(model_path, revision=model_args.model_revision, padding_side="left")
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path, revision=model_args.model_revision, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     policy = AutoModelForCausalLM.from_pretrained(model_path, **settings)

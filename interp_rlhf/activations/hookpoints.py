@@ -26,13 +26,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from interp_rlhf.errors import HookpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 LayerSite = Literal["resid_post", "attn_out", "mlp_out", "heads"]
 Site = Literal["embed", "resid_post", "attn_out", "mlp_out", "heads"]
@@ -94,11 +98,11 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if "pretrained_model" in children and "v_head" in children:
         return children["pretrained_model"]
     if "base_model" in children and hasattr(model, "peft_config"):
-        return model.get_base_model()
+        return cast("PeftModel", model).get_base_model()
     return None
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face causal language model (or sequence classifier) inside the wrappers of :func:`wrappers`.
 
     Raises:
@@ -107,7 +111,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     *_, inner = wrappers(model)
     if not hasattr(inner, "get_decoder") or not hasattr(inner, "config"):
         raise HookpointError(f"model: expected a Hugging Face decoder model, found {type(inner).__name__}")
-    return inner
+    return cast("PreTrainedModel", inner)
 
 
 # --------------------------------------------------------------------------------------------------------- the layout
@@ -128,7 +132,7 @@ class ModelLayout:
         architecture: class name of ``causal_lm``.
     """
 
-    causal_lm: nn.Module
+    causal_lm: PreTrainedModel
     decoder: nn.Module
     embed: nn.Module
     layers: nn.ModuleList

@@ -10,13 +10,16 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from interp_rlhf.activations.hookpoints import unwrap_model
 from interp_rlhf.errors import ReferenceMismatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Kind = Literal["cached", "adapter", "ref_model", "copy"]
 
@@ -39,7 +42,7 @@ class Reference:
         if self.kind != "adapter":
             yield self.model
             return
-        with _adapter_off(self.model) as model:
+        with _adapter_off(cast("PeftModel", self.model)) as model:
             yield model
 
 
@@ -69,16 +72,16 @@ def find_reference(kind: str, policy: nn.Module, ref_model: nn.Module | None) ->
     return Reference("copy", frozen)
 
 
-def find_peft(model: nn.Module) -> nn.Module | None:
+def find_peft(model: nn.Module) -> PeftModel | None:
     """The PEFT model around or inside ``model``, found by its ``disable_adapter``; ``None`` where there is none."""
     for module in model.modules():
         if hasattr(module, "disable_adapter") and hasattr(module, "peft_config"):
-            return module
+            return cast("PeftModel", module)
     return None
 
 
 @contextmanager
-def _adapter_off(peft_model: nn.Module) -> Iterator[nn.Module]:
+def _adapter_off(peft_model: PeftModel) -> Iterator[nn.Module]:
     """Base weights only. Which parameters require gradients is put back exactly: PEFT's own switch re-enables all."""
     trainable = {name: p.requires_grad for name, p in peft_model.named_parameters()}
     try:

@@ -172,13 +172,13 @@ def row_of(measurement: Measurement) -> dict[str, Any]:
     """
     row = measurement.as_row()
     place = "/".join(str(row[key]) for key in ("metric", "readout", "hookpoint") if row[key])
-    try:
-        for key in _INTEGERS:
-            row[key] = operator.index(row[key])
-        for key in _NUMBERS:
-            row[key] = None if row[key] is None and key != "value" else float(row[key])
-    except (TypeError, ValueError):
-        raise MeasurementError(f"{place}: {key}: found {row[key]!r}, expected a number") from None
+    for key in (*_INTEGERS, *_NUMBERS):
+        if row[key] is None and key in _NUMBERS and key != "value":
+            continue
+        try:
+            row[key] = operator.index(row[key]) if key in _INTEGERS else float(row[key])
+        except (TypeError, ValueError):
+            raise MeasurementError(f"{place}: {key}: found {row[key]!r}, expected a number") from None
     for key in _NUMBERS:
         if row[key] is not None and not math.isfinite(row[key]):
             raise MeasurementError(f"{place}: {key}: found {row[key]}, expected a finite number (step {row['step']})")

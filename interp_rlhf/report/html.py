@@ -150,10 +150,11 @@ def _figures(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> 
 
 def _chart(name: str, panel: figures.Panel) -> Chart:
     text = panel.figure.to_json(engine="json")
+    layout: Any = panel.figure.layout
     return Chart(
         f"fig-{name}",
         panel.title,
-        int(panel.figure.layout["height"]),
+        int(layout["height"]),
         panel.min_width,
         _script_json(text),
         bool(panel.concepts),
