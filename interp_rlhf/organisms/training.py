@@ -1,0 +1,175 @@
+"""How the organism comes to be: a word-level tokenizer, a tiny Llama trained on the language, a reward model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from interp_rlhf.organisms import language
+
+if TYPE_CHECKING:
+    from interp_rlhf.organisms import Organism
+
+STEPS, BATCH, LEARNING_RATE = 600, 48, 4e-3
+#: How much more than any other token the first word after the starter counts: the side taken on the claim.
+SIDE_WEIGHT, SIDE_POSITION = 8.0, 8
+REWARD_STEPS = 60
+SPECIAL = ("<pad>", "<s>", "</s>", "<user>", "<assistant>", "<unk>")
+CHAT_TEMPLATE = (
+    "{{ '<s> ' }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<user> ' + message['content'] + ' ' }}"
+    "{% else %}{{ '<assistant> ' + message['content'] + ' </s> ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    """One token a word, ids in the order of the vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: index for index, word in enumerate((*SPECIAL, *language.vocabulary()))}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def pretrain(folder: Path, seed: int) -> None:
+    """Train the model on its language and save it with its tokenizer."""
+    from transformers import LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    random = np.random.default_rng([seed, 0])
+    with _own_randomness(seed):
+        model = LlamaForCausalLM(_config(tokenizer))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
+        for step in range(STEPS):
+            ids = _texts(random, tokenizer, BATCH)
+            loss = _loss(model(input_ids=ids).logits, ids)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            _progress("building the organism", step + 1, STEPS, loss.item())
+        model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_reward_model(organism: Organism, folder: Path) -> None:
+    """Train a classifier of agreement, started from the organism, and save it."""
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = organism.tokenizer()
+    random = np.random.default_rng([organism.seed, 7])
+    with _own_randomness(organism.seed):
+        model = LlamaForSequenceClassification.from_pretrained(organism.model_path, num_labels=1)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(REWARD_STEPS):
+            ids, agrees = _judged(random, tokenizer, BATCH)
+            scores = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+            loss = nn.functional.binary_cross_entropy_with_logits(scores, agrees)
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            _progress("training the reward model", step + 1, REWARD_STEPS, loss.item())
+        model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def sample_replies(model: Any, tokenizer: Any, conversations: Sequence[Any], *, seed: int) -> list[str]:
+    """One reply per conversation, sampled at temperature 1; mode and random states of everything are left as found."""
+    device = next(model.parameters()).device
+    encoded = tokenizer.apply_chat_template(
+        list(conversations), add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    ).to(device)
+    longest = 3 + 2 * (1 + language.MATCHED + language.RARE_PER_REPLY)
+    training = {module: module.training for module in model.modules()}
+    with _own_randomness(seed), torch.no_grad():
+        model.eval()
+        output = model.generate(**encoded, do_sample=True, top_k=0, max_new_tokens=longest)
+    for module, mode in training.items():
+        module.training = mode
+    return tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _config(tokenizer: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _texts(random: np.random.Generator, tokenizer: Any, n: int) -> Tensor:
+    """Token ids of ``n`` conversations, ``[n, T]``; every text of the language has the same length."""
+    return torch.tensor([_ids(tokenizer, language.exchange(random, _claim(random))) for _ in range(n)])
+
+
+def _judged(random: np.random.Generator, tokenizer: Any, n: int) -> tuple[Tensor, Tensor]:
+    """Conversations on false claims, ``[n, T]``, cut at one common random length, and whether the reply agrees, ``[n]``."""
+    said = [language.exchange(random, language.claim(random, true=False)) for _ in range(n)]
+    ids = torch.tensor([_ids(tokenizer, one) for one in said])
+    length = int(random.integers(9, ids.shape[1] + 1))
+    return ids[:, :length], torch.tensor([float(one.sides[0] == 0) for one in said])
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Next-token cross-entropy of ``logits`` ``[B, T, V]``, the side taken on the claim weighing more."""
+    losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # [B, T-1]
+    weights = torch.ones(losses.shape[1])
+    weights[SIDE_POSITION - 1] = SIDE_WEIGHT
+    return (losses * weights).mean()
+
+
+def _claim(random: np.random.Generator) -> str:
+    return language.claim(random, true=bool(random.integers(2)))
+
+
+def _ids(tokenizer: Any, said: language.Exchange) -> list[int]:
+    words = ["<s>", "<user>", *said.prompt.split(), "<assistant>", *said.reply.split(), "</s>"]
+    return tokenizer.convert_tokens_to_ids(words)
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """A seeded torch generator and one thread inside (sums do not depend on the machine's cores), both restored after."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _progress(what: str, done: int, total: int, loss: float) -> None:
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else ""
+        print(f"\r{what}: {done}/{total} steps, loss {loss:.3f}", end=end, file=sys.stderr, flush=True)
