@@ -1,4 +1,4 @@
-"""The packaged concept packs and their loader: format, balance of the two poles, and how far words or length alone go."""
+"""The packaged concept packs and their loader: format, balance of both poles, how far words or length alone go."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def test_texts_are_clean_and_none_occurs_twice(name: str) -> None:
 
 
 def test_no_prompt_or_answer_is_shared_between_packs() -> None:
-    shared = Counter(text for name in PACKS for pair in load_pack(name).pairs for text in (pair.positive, pair.negative))
+    shared = Counter(
+        text for name in PACKS for pair in load_pack(name).pairs for text in (pair.positive, pair.negative)
+    )
     assert [text for text, count in shared.items() if count > 1] == []
 
 
@@ -115,7 +117,7 @@ def test_verbosity_is_length_within_a_pair_and_not_across_topics() -> None:
 def test_words_alone_do_not_give_the_concept_away(name: str) -> None:
     words, _ = baselines(name)
     assert np.mean(words) <= LEXICAL_BOUND
-    assert max(words) <= 0.9
+    assert max(words) <= LEXICAL_BOUND + 0.1  # one split of 30 and 30 pairs is noisy
 
 
 @pytest.mark.parametrize("name", PACKS)
@@ -135,7 +137,7 @@ def test_the_documented_baselines_are_those_measured(name: str) -> None:
 def test_the_baseline_sees_a_single_word_that_gives_the_concept_away() -> None:
     pack = load_pack("sentiment")
     fit, held = split(render(pack, tokenizer(), 512), 0)
-    marked = tokenizer().convert_tokens_to_ids("lavender")
+    marked = tokenizer().get_vocab()["lavender"]
     sides = [
         [[*text.input_ids[text.completion_start :], *extra] for text in side]
         for half in (fit, held)
