@@ -25,7 +25,7 @@ def test_rows_and_events_come_back(path):
     writer = timeline.TimelineWriter(path)
     assert writer.begin_segment(None, {"file": "run.json"}) == 1
     writer.append([row(1, 0), row(1, 0, 2.5)])
-    writer.event("refused", concept="x", reason="line one\nline two é")
+    writer.event("refused", readout="x", reason="line one\nline two é")
     rows, events = timeline.read_timeline(path)
     assert [{k: r[k] for k in COLUMNS} for r in rows] == [row(1, 0).as_row(), row(1, 0, 2.5).as_row()]
     assert [event["event"] for event in events] == ["segment", "refused"]
@@ -50,7 +50,7 @@ def test_what_is_not_finite_is_refused_and_nothing_is_written(path, field, bad):
         writer.append([row(1, 5), dataclasses.replace(row(1, 5), **{field: bad})])
     assert path.read_bytes() == before
     with pytest.raises(FormatError):
-        writer.event("note", value=math.nan)
+        writer.event("note", text="x", value=math.nan)
     assert path.read_bytes() == before
 
 

@@ -69,6 +69,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
     if document.get("schema") != RUN_SCHEMA:
         raise FormatError(f"{path}: found schema {str(document.get('schema'))[:20]!a}, expected {RUN_SCHEMA}")
+    if type(document.get("segment")) is not int:
+        raise FormatError(f"{path}: segment: found {str(document.get('segment'))[:20]!a}, expected a whole number")
     return document
 
 

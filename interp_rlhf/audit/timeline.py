@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_rlhf.audit.records import check_record
 from interp_rlhf.audit.sealing import sha256_bytes, write_atomic
 from interp_rlhf.errors import FormatError, InterpError, MeasurementError
 from interp_rlhf.measurement import COLUMNS, Measurement
@@ -263,9 +264,10 @@ class TimelineWriter:
         """Append an event (``segment``, ``snapshot``, ``refused``, ``failure``, ``note`` …) with the time (UTC).
 
         Raises:
-            FormatError: fields that JSON has no spelling for.
+            FormatError: fields that JSON has no spelling for, or a field its readers rely on is missing.
         """
         record = {"event": kind, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
+        check_record(record)
         self._write([record])
         self.events.append(json.loads(json.dumps(record)))
 
@@ -335,8 +337,9 @@ def _open_line(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
         record = json.loads(body)
     except (ValueError, RecursionError):
         raise FormatError("found no JSON, expected a timeline line") from None
-    if not isinstance(record, dict) or not ("event" in record or set(record) == set(COLUMNS)):
-        raise FormatError("found neither an event nor the columns of a measurement: written by another version?")
+    if not isinstance(record, dict):
+        raise FormatError(f"found {type(record).__name__}, expected a measurement or an event")
+    check_record(record)
     return record, chain
 
 

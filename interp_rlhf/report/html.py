@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_rlhf.audit.sealing import safe_name
 from interp_rlhf.errors import FormatError, InterpError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.report import figures
@@ -61,7 +62,7 @@ def write_report(run: Run, path: str | Path, *, texts: bool = False) -> Path:
     try:
         handle, name = tempfile.mkstemp(prefix=".interp-", suffix=".html", dir=target.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(page)
                 file.flush()
                 os.fsync(file.fileno())
@@ -114,7 +115,7 @@ def _statistics(run: Run) -> tuple[float, float]:
     try:
         statistics = run.info["config"]["statistics"]
         return float(statistics["tolerance"]), float(statistics["confidence"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         place = Path(run.path) / "run.json"
         raise FormatError(f"{place}: config.statistics needs tolerance and confidence, found {error}") from None
 
@@ -210,7 +211,7 @@ def _texts(run: Run) -> list[Mapping[str, Any]]:
     newest = {str(event["texts"]).split("-", 1)[-1]: event for event in told}
     lines: list[Mapping[str, Any]] = []
     for event in newest.values():
-        file = Path(run.path).parent / "_interp" / Path(event["texts"]).name
+        file = Path(run.path).parent / "_interp" / safe_name(event["texts"])
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -218,5 +219,11 @@ def _texts(run: Run) -> list[Mapping[str, Any]]:
         found = hashlib.sha256(data).hexdigest()
         if found != event["sha256"]:
             raise FormatError(f"{file}: found SHA-256 {found}, expected {event['sha256']}")
-        lines += [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
+        try:
+            found_lines = [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
+        except ValueError:
+            raise FormatError(f"{file}: expected one JSON object a line") from None
+        if not all(isinstance(line, dict) for line in found_lines):
+            raise FormatError(f"{file}: expected one JSON object a line")
+        lines += found_lines
     return lines
