@@ -65,11 +65,13 @@ def test_numpy_scalars_become_numbers(path):
     assert timeline.read_timeline(path)[0][0]["value"] == 0.5
 
 
-def test_huge_steps_survive(path):
+def test_steps_are_whole_numbers_that_tables_can_hold(path):
     writer = timeline.TimelineWriter(path)
-    writer.append([row(1, 10**30)])
+    writer.append([row(1, 2**53 - 1)])
+    with pytest.raises(FormatError, match=r"^measurement: step: found a number of 100 bits, expected at most 53$"):
+        writer.append([row(1, 10**30)])
     rows, _ = timeline.read_timeline(path)
-    assert rows[0]["step"] == 10**30 and timeline.to_frame(rows)["step"][0] == 10**30
+    assert [r["step"] for r in rows] == [2**53 - 1] == list(timeline.to_frame(rows)["step"])
 
 
 def _superseded(path, starts):

@@ -267,7 +267,6 @@ class TimelineWriter:
             FormatError: fields that JSON has no spelling for, or a field its readers rely on is missing.
         """
         record = {"event": kind, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
-        check_record(record)
         self._write([record])
         self.events.append(json.loads(json.dumps(record)))
 
@@ -276,6 +275,7 @@ class TimelineWriter:
             return
         chain, lines = self._chain, []
         for record in records:
+            check_record(record)
             line, chain = _seal_line(record, chain)
             lines.append(line)
         data = b"".join(lines)
