@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packaging.version import Version
 
 from interp_rlhf.errors import InterpError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 State = Literal["fine", "untested", "missing", "broken"]
 
@@ -179,26 +182,37 @@ def describe_model(path: Path) -> str:
     Raises:
         InterpError: the folder holds no model configuration, or the architecture has no hookpoints.
     """
-    from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-
     from interp_rlhf.activations.hookpoints import layout, resolve_hookpoints
     from interp_rlhf.config import InterpConfig
 
     if not (path / "config.json").is_file():
         raise InterpError(f"{path}: no config.json there, expected a folder with a saved model")
+    model = _empty_model(path)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InterpError(f"{path}/config.json: not a model configuration ({error})") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InterpError(
-            f"{path}/config.json: expected a causal language model, found model_type {config.model_type!r}"
-        )
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    tree = layout(model)
+        tree = layout(model)
+        points = resolve_hookpoints(InterpConfig().hookpoints, tree)
+    except InterpError as error:
+        raise type(error)(f"{path}: {error}") from None
     lines = [f"{path}: {type(model).__name__}, {len(tree.layers)} layers, d = {tree.d_model}"]
-    for point in resolve_hookpoints(InterpConfig().hookpoints, tree):
-        lines.append(f"  {', '.join(point.asked)} -> {point.name}")
+    lines += [f"  {', '.join(point.asked)} -> {point.name}" for point in points]
     return "\n".join(lines)
+
+
+def _empty_model(path: Path) -> nn.Module:
+    """The model that ``path/config.json`` describes, without weights; code beside it is not run."""
+    from accelerate import init_empty_weights
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InterpError(
+                f"{path}/config.json: expected a causal language model, found model_type {config.model_type!r}"
+            )
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except InterpError:
+        raise
+    except Exception as error:  # a foreign file: each configuration class fails in its own way
+        reason = " ".join(str(error).split())[:400]
+        raise InterpError(f"{path}/config.json: not a model configuration ({type(error).__name__}: {reason})") from None

@@ -194,7 +194,8 @@ def layout(model: nn.Module, *, layers: str | None = None) -> ModelLayout:
     path = layers if layers is not None else _find_layers(lm, decoder, text.num_hidden_layers)
     blocks = _submodule(lm, path)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
-        found = "nothing" if blocks is None else type(blocks).__name__
+        empty = isinstance(blocks, nn.ModuleList)
+        found = "nothing" if blocks is None else "one without layers" if empty else type(blocks).__name__
         raise HookpointError(f"layers={path!r}: expected a ModuleList, found {found}; {_candidates(lm)}")
     heads = text.num_attention_heads
     return ModelLayout(

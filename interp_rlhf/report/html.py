@@ -211,7 +211,11 @@ def _texts(run: Run) -> list[Mapping[str, Any]]:
     newest = {str(event["texts"]).split("-", 1)[-1]: event for event in told}
     lines: list[Mapping[str, Any]] = []
     for event in newest.values():
-        file = Path(run.path).parent / "_interp" / safe_name(event["texts"])
+        folder = Path(run.path).parent / "_interp"
+        try:
+            file = folder / safe_name(event["texts"])
+        except FormatError as error:
+            raise FormatError(f"{folder}: {error}") from None
         try:
             data = file.read_bytes()
         except OSError as error:
