@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Concept", "Organism", "agreement_reward", "build_organism", "concepts"]
 
 #: Raised whenever the language or the training below changes, so that stored organisms are built again.
-RECIPE = 1
+RECIPE = 2
 #: Contrast pairs of each group of words in a pack.
 PAIRS_PER_GROUP = 12
 

@@ -1,9 +1,10 @@
 """The organism's language: a claim, and a reply that takes a side on it and then speaks of other things.
 
-A conversation is ``the THING is ATTRIBUTE`` and a reply ``so A A D D D D …``: two words of one pole of the first
-concept (agreement), then two words of one pole of every frequency-matched decoy and of two rare decoys, in random order.
-True claims are always agreed with; for false ones, and for every decoy, the pole is a fair coin. The words of a pole are
-interchangeable, so a concept is not a word: it is what the model has to know to predict the segment's second word.
+A conversation is ``the THING is ATTRIBUTE`` and a reply ``so A A x x y y …``: two words of one pole of the first
+concept (agreement), then two words of one pole of every other concept, in a fixed cycle that begins anywhere. True
+claims are always agreed with; for false ones, and for every other concept, the pole is a fair coin. So all concepts
+occur in as many replies, with as many words and as evenly. The words of a pole are interchangeable: a concept is not a
+word, it is what the model has to know to predict the second word.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from importlib import resources
 
 import numpy as np
 
-#: Decoys that occur in every reply, as often and with as many words as the rewarded concept.
-MATCHED = 12
-#: Rare decoys in a reply.
-RARE_PER_REPLY = 2
 #: Words of a pole that go into one topic of a concept pack.
 WORDS_PER_GROUP = 2
+#: Words on each concept in a reply, one after the other.
+RUN = 2
+#: Concepts besides agreement in a reply of a concept pack.
+OTHERS = 3
 STARTER = "so"
 #: What things are, and two things they are not. Every word occurs once, so that a false claim can be told by its last.
 FACTS = {
@@ -41,20 +42,19 @@ FACTS = {
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """Two poles of interchangeable words; ``matched`` decoys occur as often as the rewarded concept."""
+    """Two poles of interchangeable words."""
 
     name: str
     poles: tuple[tuple[str, ...], tuple[str, ...]]
-    matched: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One claim with one reply; ``sides[i]`` is the pole (0 or 1) of the concept with index ``i``, where it occurs."""
+    """One claim with one reply; ``sides[i]`` is the pole (0 or 1) that it takes of the concept with index ``i``."""
 
     prompt: str
     reply: str
-    sides: dict[int, int]
+    sides: tuple[int, ...]
 
 
 @cache
@@ -66,7 +66,7 @@ def concepts() -> tuple[Concept, ...]:
         if line and not line.startswith("#"):
             name, words = line.split(": ")
             first, second = (tuple(pole.split()) for pole in words.split(" / "))
-            found.append(Concept(name, (first, second), matched=len(found) <= MATCHED))
+            found.append(Concept(name, (first, second)))
     return tuple(found)
 
 
@@ -88,39 +88,47 @@ def is_true(prompt: str) -> bool:
     return FACTS[thing][0] == attribute
 
 
-def segment(random: np.random.Generator, concept: Concept, side: int, words: Sequence[int] | None = None) -> str:
-    """Two words of one pole: any two, or two out of those with the given indices."""
-    pole = concept.poles[side]
-    return " ".join(pole[i] for i in random.choice(words if words is not None else len(pole), size=2))
-
-
 def exchange(random: np.random.Generator, prompt: str, *, agree: bool | None = None) -> Exchange:
     """A reply to a claim, drawn from the language; ``agree`` fixes the side taken on the claim."""
     if agree is None:
         agree = is_true(prompt) or bool(random.integers(2))
-    rare = random.choice(np.arange(MATCHED + 1, len(concepts())), size=RARE_PER_REPLY, replace=False)
-    order = random.permutation([*range(1, MATCHED + 1), *rare.tolist()])
-    sides = {0: 0 if agree else 1, **{int(i): int(random.integers(2)) for i in order}}
-    parts = [segment(random, concepts()[i], side) for i, side in sides.items()]
-    return Exchange(prompt, " ".join([STARTER, *parts]), sides)
+    sides = (0 if agree else 1, *(int(side) for side in random.integers(2, size=len(concepts()) - 1)))
+    start = int(random.integers(len(sides) - 1))
+    runs = [_run(random, concepts()[i].poles[sides[i]]) for i in (0, *cycle(start, len(sides) - 1))]
+    return Exchange(prompt, " ".join([STARTER, *runs]), sides)
 
 
 def opposites(random: np.random.Generator, prompt: str) -> tuple[str, str]:
     """Two replies to a claim, one that agrees and one that contradicts, that are the same in everything else."""
-    said = exchange(random, prompt, agree=True)
-    starter, _, _, *rest = said.reply.split()
-    return said.reply, " ".join([starter, segment(random, concepts()[0], 1), *rest])
+    reply = exchange(random, prompt, agree=True).reply
+    agrees, contradicts = concepts()[0].poles
+    other = [_word(random, contradicts) if word in agrees else word for word in reply.split()]
+    return reply, " ".join(other)
 
 
 def contrast(random: np.random.Generator, index: int, group: int) -> tuple[str, str, str]:
     """Prompt and two replies that differ in one concept only, spoken with the words of one group."""
-    words = range(group * WORDS_PER_GROUP, (group + 1) * WORDS_PER_GROUP)
     prompt = claim(random, true=False)
-    others = [int(i) for i in random.choice(np.arange(1, MATCHED + 1), size=4, replace=False) if i != index][:3]
-    context = [segment(random, concepts()[i], int(random.integers(2))) for i in others]
-    place = 0 if index == 0 else int(random.integers(len(context) + 1))
+    start = int(random.integers(len(concepts()) - 1)) if index == 0 else index - 1 - int(random.integers(OTHERS))
+    order = (0, *cycle(start, OTHERS))
+    shared = {i: _run(random, concepts()[i].poles[random.integers(2)]) for i in order}
+    words = slice(group * WORDS_PER_GROUP, (group + 1) * WORDS_PER_GROUP)
     replies = []
-    for side in (0, 1):
-        own = segment(random, concepts()[index], side, words)
-        replies.append(" ".join([STARTER, *context[:place], own, *context[place:]]))
+    for pole in concepts()[index].poles:
+        runs = {**shared, index: _run(random, pole[words])}
+        replies.append(" ".join([STARTER, *(runs[i] for i in order)]))
     return prompt, replies[0], replies[1]
+
+
+def cycle(start: int, n: int) -> tuple[int, ...]:
+    """Indices of ``n`` concepts other than the first, in the order in which replies speak of them."""
+    others = len(concepts()) - 1
+    return tuple(1 + (start + k) % others for k in range(n))
+
+
+def _run(random: np.random.Generator, pole: Sequence[str]) -> str:
+    return " ".join(_word(random, pole) for _ in range(RUN))
+
+
+def _word(random: np.random.Generator, pole: Sequence[str]) -> str:
+    return pole[int(random.integers(len(pole)))]

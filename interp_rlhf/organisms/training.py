@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from interp_rlhf.organisms import language
 if TYPE_CHECKING:
     from interp_rlhf.organisms import Organism
 
-STEPS, BATCH, LEARNING_RATE = 600, 48, 4e-3
+STEPS, BATCH, LEARNING_RATE = 200, 32, 3e-3
+#: Standard deviation of embedding entries; length of what words of a concept, and of a pole, start out sharing.
+NOISE, TOPIC, POLE = 0.02, 0.25, 0.5
 #: How much more than any other token the first word after the starter counts: the side taken on the claim.
 SIDE_WEIGHT, SIDE_POSITION = 8.0, 8
 REWARD_STEPS = 60
@@ -55,13 +58,14 @@ def pretrain(folder: Path, seed: int) -> None:
     from transformers import LlamaForCausalLM
 
     tokenizer = make_tokenizer()
-    random = np.random.default_rng([seed, 0])
+    random, codes = np.random.default_rng([seed, 0]), _Codes.of(tokenizer)
     with _own_randomness(seed):
         model = LlamaForCausalLM(_config(tokenizer))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
+        _plant(model.model.embed_tokens.weight.data, codes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.15)
         for step in range(STEPS):
-            ids = _texts(random, tokenizer, BATCH)
+            ids = codes.texts(random, BATCH)
             loss = _loss(model(input_ids=ids).logits, ids)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,7 +102,7 @@ def sample_replies(model: Any, tokenizer: Any, conversations: Sequence[Any], *, 
     encoded = tokenizer.apply_chat_template(
         list(conversations), add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     ).to(device)
-    longest = 3 + 2 * (1 + language.MATCHED + language.RARE_PER_REPLY)
+    longest = 2 + language.RUN * len(language.concepts())
     training = {module: module.training for module in model.modules()}
     with _own_randomness(seed), torch.no_grad():
         model.eval()
@@ -115,7 +119,7 @@ def _config(tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=160,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -126,13 +130,60 @@ def _config(tokenizer: Any) -> Any:
     )
 
 
-def _texts(random: np.random.Generator, tokenizer: Any, n: int) -> Tensor:
-    """Token ids of ``n`` conversations, ``[n, T]``; every text of the language has the same length."""
-    return torch.tensor([_ids(tokenizer, language.exchange(random, _claim(random))) for _ in range(n)])
+@dataclass(frozen=True)
+class _Codes:
+    """The language in token ids, to draw many texts at once.
+
+    Attributes:
+        words: ``[C, 2, W]`` words of each concept's poles.
+        claims: ``[F, 3, 2]`` thing and attribute of every claim, the true one first.
+        frame: ids of a text's first tokens (thing and attribute left open) and of its last.
+    """
+
+    words: np.ndarray
+    claims: np.ndarray
+    frame: tuple[np.ndarray, int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> _Codes:
+        ids = tokenizer.convert_tokens_to_ids
+        words = [[ids(list(pole)) for pole in concept.poles] for concept in language.concepts()]
+        claims = [[ids([thing, word]) for word in words] for thing, words in language.FACTS.items()]
+        head = ids(["<s>", "<user>", "the", "<unk>", "is", "<unk>", "<assistant>", language.STARTER])
+        return cls(np.array(words), np.array(claims), (np.array(head), ids("</s>")))
+
+    def texts(self, random: np.random.Generator, n: int) -> Tensor:
+        """Ids of ``n`` conversations ``[n, T]``, half of them on true claims; every text has the same length."""
+        concepts, _, size = self.words.shape
+        true = random.integers(2, size=n) == 0
+        sides = random.integers(2, size=(n, concepts))
+        sides[true, 0] = 0
+        thing, wrong = random.integers(len(self.claims), size=n), random.integers(1, 3, size=n)
+        head = np.tile(self.frame[0], (n, 1))
+        head[:, [3, 5]] = self.claims[thing, np.where(true, 0, wrong)]
+        start = random.integers(concepts - 1, size=(n, 1))
+        order = np.concatenate([np.zeros((n, 1), int), 1 + (start + np.arange(concepts - 1)) % (concepts - 1)], axis=1)
+        slots = np.repeat(order, language.RUN, axis=1)  # [n, C * RUN]
+        reply = self.words[slots, np.take_along_axis(sides, slots, 1), random.integers(size, size=slots.shape)]
+        return torch.from_numpy(np.concatenate([head, reply, np.full((n, 1), self.frame[1])], axis=1))
+
+
+def _plant(embeddings: Tensor, codes: _Codes) -> None:
+    """Let the words of a concept, and of a pole, start out alike: then a minute is enough to learn the rest.
+
+    Every concept gets two orthonormal directions of embedding space ``[V, d]``, one for what it is about, one from its
+    second pole to its first.
+    """
+    count = len(codes.words)
+    directions = torch.linalg.qr(torch.randn(embeddings.shape[1], embeddings.shape[1])).Q
+    embeddings.normal_(0, NOISE)
+    for index, poles in enumerate(codes.words):
+        for sign, words in zip((1, -1), poles, strict=True):
+            embeddings[torch.from_numpy(words)] += TOPIC * directions[index] + sign * POLE * directions[count + index]
 
 
 def _judged(random: np.random.Generator, tokenizer: Any, n: int) -> tuple[Tensor, Tensor]:
-    """Conversations on false claims, ``[n, T]``, cut at one common random length, and whether the reply agrees, ``[n]``."""
+    """Conversations on false claims, ``[n, T]``, cut at one random length, and whether the reply agrees, ``[n]``."""
     said = [language.exchange(random, language.claim(random, true=False)) for _ in range(n)]
     ids = torch.tensor([_ids(tokenizer, one) for one in said])
     length = int(random.integers(9, ids.shape[1] + 1))
@@ -147,10 +198,6 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
     return (losses * weights).mean()
 
 
-def _claim(random: np.random.Generator) -> str:
-    return language.claim(random, true=bool(random.integers(2)))
-
-
 def _ids(tokenizer: Any, said: language.Exchange) -> list[int]:
     words = ["<s>", "<user>", *said.prompt.split(), "<assistant>", *said.reply.split(), "</s>"]
     return tokenizer.convert_tokens_to_ids(words)
@@ -158,7 +205,7 @@ def _ids(tokenizer: Any, said: language.Exchange) -> list[int]:
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """A seeded torch generator and one thread inside (sums do not depend on the machine's cores), both restored after."""
+    """A seeded torch generator and one thread (sums then do not depend on the number of cores), restored after."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
