@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from planted_run import PLANTED, SAVED, planted_run
 from synthetic_run import SyntheticRun, make_run
 
 from interp_rlhf.report.html import write_report
+from interp_rlhf.report.tables import headline_key
 
 pytest.importorskip("plotly", reason="the report needs the extra 'report'")
 pytest.importorskip("jinja2", reason="the report needs the extra 'report'")
@@ -115,14 +119,13 @@ def _live_rows(run: SyntheticRun) -> dict[tuple[Any, ...], Any]:
     }
 
 
-def test_every_number_in_the_dom_is_its_timeline_row(tab: Tab, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "interp", concepts=NAMES, steps=range(0, 50, 10), resumed_at=20)
-    tab.open(write_report(run, tmp_path / "report.html"))
+def check_numbers(tab: Tab, rows: Mapping[tuple[Any, ...], Any]) -> list[dict[str, Any]]:
+    """Every number of the page is its row's, in its data and, rounded, in what is seen. Gives the numbers' spans."""
     shown = tab.value(
         "[...document.querySelectorAll('[data-value]')].map(e => ({...e.dataset, seen: e.textContent, number: Number("
         "e.dataset.value), table: e.closest('table')?.id || ''}))"
     )
-    rows = _live_rows(run)
+    assert shown
     for cell in shown:
         key = (cell["metric"], cell["readout"], cell["hookpoint"], int(cell["segment"]), int(cell["step"]))
         exact = getattr(rows[key], cell["field"])
@@ -131,12 +134,97 @@ def test_every_number_in_the_dom_is_its_timeline_row(tab: Tab, tmp_path: Path) -
         decimals = len(cell["seen"].partition(".")[2])
         seen = float(cell["seen"].replace("−", "-"))
         assert math.isclose(seen, factor * exact, abs_tol=0.5000001 * 10**-decimals), cell
+    return shown
+
+
+def test_every_number_in_the_dom_is_its_timeline_row(tab: Tab, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp", concepts=NAMES, steps=range(0, 50, 10), resumed_at=20)
+    tab.open(write_report(run, tmp_path / "report.html"))
+    shown = check_numbers(tab, _live_rows(run))
     headline = {(c["metric"], c["readout"]) for c in shown if c["table"] == "headline" and c["field"] == "value"}
     assert headline == {(m, name) for m in ("concept/drift", "concept/behaviour_change") for name in NAMES}
     assert {c["hookpoint"] for c in shown if c["table"] == "representation-table"} == {
         r.hookpoint for r in run.rows if r.hookpoint
     }
     assert all(int(c["step"]) == 40 for c in shown)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """The output folder of a real attached run, and the last row with our scalars in its trainer's log."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    trainer, _ = planted_run(folder)
+    ours = [row for row in trainer.state.log_history if any(key.startswith("interp/") for key in row)]
+    return folder, {key: value for key, value in ours[-1].items() if key.startswith("interp/")}
+
+
+def _stored_rows(folder: Path) -> dict[tuple[Any, ...], SimpleNamespace]:
+    """Measurements as the timeline's lines spell them, read without the package."""
+    lines = map(json.loads, (folder / "interp" / "timeline.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [SimpleNamespace(**line) for line in lines if "event" not in line]
+    return {(r.metric, r.readout, r.hookpoint, r.segment, r.step): r for r in rows}
+
+
+def test_every_number_of_a_real_run_is_its_timeline_row(tab: Tab, trained: tuple[Path, dict[str, float]]) -> None:
+    folder, logged = trained
+    tab.open(folder / "interp" / "report.html")
+    rows = _stored_rows(folder)
+    shown = check_numbers(tab, rows)
+    last = [r for r in rows.values() if r.step == 10]
+    found = {(c["table"], c["metric"], c["readout"], c["hookpoint"], c["field"]) for c in shown}
+    for r in last:
+        kind = r.metric.split("/")[0]
+        if kind != "cost" and not r.metric.startswith("concept/behaviour"):
+            table = {"representation": "representation-table", "concept": "readings", "cost_fraction": ""}[kind]
+            assert (table, r.metric, r.readout, r.hookpoint, "value") in found, r
+    assert {c[2] for c in found if c[0] == "headline"} == {PLANTED, SAVED}
+    assert ("headline", "concept/behaviour_change", PLANTED, "", "ci_high") in found
+    by_key = {headline_key(r): r for r in last}
+    assert logged and all(by_key[key].value == value for key, value in logged.items())
+    for key in logged:
+        row = by_key[key]
+        if row.metric != "concept/behaviour":  # drawn over steps, its change is the headline
+            assert any(c[1:] == (row.metric, row.readout, row.hookpoint, "value") for c in found), key
+
+
+def test_a_number_that_is_not_its_row_is_seen(tab: Tab, trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    source = (trained[0] / "interp" / "report.html").read_text(encoding="utf-8")
+    number = re.search(r'data-field="value" data-value="([^"]+)">([^<]+)</span>', source)
+    assert number is not None
+    for old, new in ((f">{number[2]}<", ">+9.99<"), (f'data-value="{number[1]}"', 'data-value="0.123"')):
+        (tmp_path / "changed.html").write_text(source.replace(old, new, 1), encoding="utf-8")
+        tab.open(tmp_path / "changed.html")
+        with pytest.raises(AssertionError):
+            check_numbers(tab, _stored_rows(trained[0]))
+
+
+def test_headline_rows_of_a_real_run_follow_from_the_timeline(tab: Tab, trained: tuple[Path, dict[str, float]]) -> None:
+    folder, _ = trained
+    tab.open(folder / "interp" / "report.html")
+    rows = [r for r in _stored_rows(folder).values() if r.step == 10 and r.metric == "concept/drift"]
+    table = tab.value(
+        "[...document.querySelectorAll('#headline tbody tr')].map(tr => { const cells = [...tr.children]; return {"
+        "name: cells[0].textContent, verdict: cells[1].textContent, n: Number(cells[6].textContent), hookpoint: "
+        "cells[3].querySelector('code').textContent, where: cells[3].querySelector('small')?.textContent || '', "
+        "detectable: cells[2].querySelector('small')?.textContent || '', rest: cells.slice(1, 6).map(td => { const c = "
+        "td.cloneNode(true); c.querySelectorAll('.num, code, small').forEach(e => e.remove()); return c.textContent; })"
+        ".join('')}; })"
+    )
+    assert {line["name"] for line in table} == {PLANTED, SAVED}
+    for line in table:
+        mine = [r for r in rows if r.readout == line["name"]]
+        moved = [r for r in mine if r.ci_low > 0.1 or r.ci_high < -0.1]
+        top = max(moved or mine, key=lambda r: abs(r.value))
+        assert line["hookpoint"] == top.hookpoint and line["n"] == top.n
+        assert ("not detected" in line["verdict"]) is not bool(moved) and ("moved" in line["verdict"]) is bool(moved)
+        if len(mine) > 1:
+            assert line["where"] == (f"moved at {len(moved)} of {len(mine)}" if moved else f"largest of {len(mine)}")
+        if not moved:
+            assert line["detectable"] == f"smallest detectable {0.1 + (top.ci_high - top.ci_low) / 2:.2f}"
+        assert not any(character.isdigit() for character in line["rest"]), "a number that no row stands behind"
+    lead = tab.value("document.getElementById('summary').textContent")
+    count = len({r.readout for r in rows if r.ci_low > 0.1 or r.ci_high < -0.1})
+    assert f"Of {len(table)} concepts read at step 10, {count} moved" in lead
 
 
 @pytest.mark.parametrize(
