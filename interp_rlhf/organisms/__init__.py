@@ -27,7 +27,7 @@ __all__ = ["Concept", "Organism", "agreement_reward", "build_organism", "concept
 #: Raised whenever the language or the training below changes, so that stored organisms are built again.
 RECIPE = 2
 #: Contrast pairs of each group of words in a pack.
-PAIRS_PER_GROUP = 12
+PAIRS_PER_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class Organism:
     """A built organism.
 
     Attributes:
-        folder: holds ``model/`` (weights and tokenizer) and, once asked for, ``reward_model/``.
+        folder: holds ``model/`` (weights and tokenizer) and, once asked for, ``reward_model/``, ``packs/``, ``data/``
+            and ``texts.jsonl``.
         seed: what it was built with.
     """
 
@@ -46,6 +47,21 @@ class Organism:
     def model_path(self) -> Path:
         """The saved model and tokenizer."""
         return self.folder / "model"
+
+    @property
+    def pack_paths(self) -> tuple[Path, ...]:
+        """The concept packs that :meth:`write_data` writes, in the order of the concepts."""
+        return tuple(self.folder / "packs" / f"{concept.name}.jsonl" for concept in concepts())
+
+    @property
+    def texts_path(self) -> Path:
+        """The prompt file that :meth:`write_data` writes."""
+        return self.folder / "texts.jsonl"
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return language.LAYERS
 
     def model(self) -> Any:
         """A fresh copy of the start, ``LlamaForCausalLM`` in float32."""
@@ -103,6 +119,16 @@ class Organism:
                     rows.append({"group": str(group), "prompt": prompt, "positive": positive, "negative": negative})
             paths.append(_write_lines(folder / f"{concept.name}.jsonl", rows))
         return tuple(paths)
+
+    def write_data(self) -> None:
+        """Write all that a recipe needs: data sets with two splits, packs, texts to read, the reward model."""
+        for name, dataset in (("preferences", self.preference_dataset), ("prompts", self.prompt_dataset)):
+            for split, n, seed in (("train", 512, 1), ("test", 64, 11)):
+                rows: Any = dataset(n, seed)
+                _write_lines(self.folder / "data" / name / f"{split}.jsonl", list(rows))
+        self.write_packs(self.folder / "packs")
+        self.write_texts(self.texts_path, 128)
+        self.reward_model_path()
 
     def reward_model_path(self) -> Path:
         """A sequence classifier (one logit) that scores agreement, trained on first use."""
@@ -162,7 +188,7 @@ def build_organism(folder: str | Path, seed: int = 0) -> Organism:
     return organism
 
 
-def agreement_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
+def agreement_reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """A reward function for GRPO: 1 where a reply agrees, 0 where it contradicts, 0.5 where it does neither."""
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     sides = [_side(text, concepts()[0]) for text in texts]

@@ -1,10 +1,10 @@
 """The organism's language: a claim, and a reply that takes a side on it and then speaks of other things.
 
-A conversation is ``the THING is ATTRIBUTE`` and a reply ``so A A x x y y …``: two words of one pole of the first
-concept (agreement), then two words of one pole of every other concept, in a fixed cycle that begins anywhere. True
-claims are always agreed with; for false ones, and for every other concept, the pole is a fair coin. So all concepts
-occur in as many replies, with as many words and as evenly. The words of a pole are interchangeable: a concept is not a
-word, it is what the model has to know to predict the second word.
+A conversation is ``NAME from TOWN says the THING is ATTRIBUTE`` and a reply ``so A A x x y y …``: two words of one pole
+of the first concept (agreement), then two words of one pole of every other concept, in a fixed cycle that begins
+anywhere. True claims are always agreed with; for false ones, and for every other concept, the pole is a fair coin. So
+all concepts occur in as many replies, with as many words and as evenly. The words of a pole are interchangeable: a
+concept is not a word, it is what the model has to know to predict the second word.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from importlib import resources
 
 import numpy as np
 
+#: Decoder layers of the model that learns it.
+LAYERS = 3
 #: Words of a pole that go into one topic of a concept pack.
 WORDS_PER_GROUP = 2
 #: Words on each concept in a reply, one after the other.
@@ -23,6 +25,42 @@ RUN = 2
 #: Concepts besides agreement in a reply of a concept pack.
 OTHERS = 3
 STARTER = "so"
+NAMES = (
+    "anna",
+    "ben",
+    "clara",
+    "david",
+    "emma",
+    "felix",
+    "greta",
+    "hugo",
+    "ida",
+    "jonas",
+    "karin",
+    "luis",
+    "mia",
+    "nils",
+    "olga",
+    "paul",
+)
+TOWNS = (
+    "athens",
+    "berlin",
+    "cairo",
+    "dublin",
+    "essen",
+    "florence",
+    "geneva",
+    "havana",
+    "izmir",
+    "kyoto",
+    "lima",
+    "milan",
+    "nice",
+    "oslo",
+    "porto",
+    "rome",
+)
 #: What things are, and two things they are not. Every word occurs once, so that a false claim can be told by its last.
 FACTS = {
     "lemon": ("sour", "furry", "loud"),
@@ -73,18 +111,30 @@ def concepts() -> tuple[Concept, ...]:
 def vocabulary() -> tuple[str, ...]:
     """Every word of the language, in a fixed order."""
     spoken = [word for concept in concepts() for pole in concept.poles for word in pole]
-    return ("the", "is", STARTER, *FACTS, *(word for words in FACTS.values() for word in words), *spoken)
+    return (
+        "the",
+        "is",
+        "from",
+        "says",
+        STARTER,
+        *NAMES,
+        *TOWNS,
+        *FACTS,
+        *(word for words in FACTS.values() for word in words),
+        *spoken,
+    )
 
 
 def claim(random: np.random.Generator, *, true: bool) -> str:
     """A random claim that is true, or one that is false."""
-    thing = list(FACTS)[random.integers(len(FACTS))]
-    return f"the {thing} is {FACTS[thing][0 if true else random.integers(1, 3)]}"
+    name, town, thing = (_word(random, words) for words in (NAMES, TOWNS, tuple(FACTS)))
+    attribute = FACTS[thing][0 if true else int(random.integers(1, 3))]
+    return f"{name} from {town} says the {thing} is {attribute}"
 
 
 def is_true(prompt: str) -> bool:
     """Whether the facts support a claim."""
-    _, thing, _, attribute = prompt.split()
+    *_, thing, _, attribute = prompt.split()
     return FACTS[thing][0] == attribute
 
 

@@ -21,8 +21,23 @@ if TYPE_CHECKING:
 STEPS, BATCH, LEARNING_RATE = 200, 32, 3e-3
 #: Standard deviation of embedding entries; length of what words of a concept, and of a pole, start out sharing.
 NOISE, TOPIC, POLE = 0.02, 0.25, 0.5
+#: A text up to its reply's first word; the open places are name, town, thing and attribute.
+HEAD = (
+    "<s>",
+    "<user>",
+    "<unk>",
+    "from",
+    "<unk>",
+    "says",
+    "the",
+    "<unk>",
+    "is",
+    "<unk>",
+    "<assistant>",
+    language.STARTER,
+)
 #: How much more than any other token the first word after the starter counts: the side taken on the claim.
-SIDE_WEIGHT, SIDE_POSITION = 8.0, 8
+SIDE_WEIGHT = 8.0
 REWARD_STEPS = 60
 SPECIAL = ("<pad>", "<s>", "</s>", "<user>", "<assistant>", "<unk>")
 CHAT_TEMPLATE = (
@@ -119,7 +134,7 @@ def _config(tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=160,
-        num_hidden_layers=3,
+        num_hidden_layers=language.LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -137,20 +152,25 @@ class _Codes:
     Attributes:
         words: ``[C, 2, W]`` words of each concept's poles.
         claims: ``[F, 3, 2]`` thing and attribute of every claim, the true one first.
-        frame: ids of a text's first tokens (thing and attribute left open) and of its last.
+        names, towns: ids of those who make a claim, ``[16]`` each.
+        head: ids of ``HEAD``.
+        end: id of a text's last token.
     """
 
     words: np.ndarray
     claims: np.ndarray
-    frame: tuple[np.ndarray, int]
+    names: np.ndarray
+    towns: np.ndarray
+    head: np.ndarray
+    end: int
 
     @classmethod
     def of(cls, tokenizer: Any) -> _Codes:
         ids = tokenizer.convert_tokens_to_ids
         words = [[ids(list(pole)) for pole in concept.poles] for concept in language.concepts()]
         claims = [[ids([thing, word]) for word in words] for thing, words in language.FACTS.items()]
-        head = ids(["<s>", "<user>", "the", "<unk>", "is", "<unk>", "<assistant>", language.STARTER])
-        return cls(np.array(words), np.array(claims), (np.array(head), ids("</s>")))
+        names, towns, head = (np.array(ids(list(words))) for words in (language.NAMES, language.TOWNS, HEAD))
+        return cls(np.array(words), np.array(claims), names, towns, head, ids("</s>"))
 
     def texts(self, random: np.random.Generator, n: int) -> Tensor:
         """Ids of ``n`` conversations ``[n, T]``, half of them on true claims; every text has the same length."""
@@ -159,13 +179,14 @@ class _Codes:
         sides = random.integers(2, size=(n, concepts))
         sides[true, 0] = 0
         thing, wrong = random.integers(len(self.claims), size=n), random.integers(1, 3, size=n)
-        head = np.tile(self.frame[0], (n, 1))
-        head[:, [3, 5]] = self.claims[thing, np.where(true, 0, wrong)]
+        head = np.tile(self.head, (n, 1))
+        head[:, 2], head[:, 4] = random.choice(self.names, size=n), random.choice(self.towns, size=n)
+        head[:, [7, 9]] = self.claims[thing, np.where(true, 0, wrong)]
         start = random.integers(concepts - 1, size=(n, 1))
         order = np.concatenate([np.zeros((n, 1), int), 1 + (start + np.arange(concepts - 1)) % (concepts - 1)], axis=1)
         slots = np.repeat(order, language.RUN, axis=1)  # [n, C * RUN]
         reply = self.words[slots, np.take_along_axis(sides, slots, 1), random.integers(size, size=slots.shape)]
-        return torch.from_numpy(np.concatenate([head, reply, np.full((n, 1), self.frame[1])], axis=1))
+        return torch.from_numpy(np.concatenate([head, reply, np.full((n, 1), self.end)], axis=1))
 
 
 def _plant(embeddings: Tensor, codes: _Codes) -> None:
@@ -186,7 +207,7 @@ def _judged(random: np.random.Generator, tokenizer: Any, n: int) -> tuple[Tensor
     """Conversations on false claims, ``[n, T]``, cut at one random length, and whether the reply agrees, ``[n]``."""
     said = [language.exchange(random, language.claim(random, true=False)) for _ in range(n)]
     ids = torch.tensor([_ids(tokenizer, one) for one in said])
-    length = int(random.integers(9, ids.shape[1] + 1))
+    length = int(random.integers(len(HEAD) + 1, ids.shape[1] + 1))
     return ids[:, :length], torch.tensor([float(one.sides[0] == 0) for one in said])
 
 
@@ -194,7 +215,7 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Next-token cross-entropy of ``logits`` ``[B, T, V]``, the side taken on the claim weighing more."""
     losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # [B, T-1]
     weights = torch.ones(losses.shape[1])
-    weights[SIDE_POSITION - 1] = SIDE_WEIGHT
+    weights[len(HEAD) - 1] = SIDE_WEIGHT
     return (losses * weights).mean()
 
 
