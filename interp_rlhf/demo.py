@@ -107,9 +107,12 @@ def run_demo(trainer: str, out: str | Path, *, seed: int = 0, steps: int | None 
 
 
 def _run(trainer: str, build: _Builder, out: Path, seed: int, steps: int, began: float) -> DemoResult:
+    from transformers import set_seed
+
     organism = build_organism(out.parent / f"organism-{seed}", seed)
     organism.write_data()
     before = organism.pole_rates(organism.model())
+    set_seed(seed)  # the adapter is drawn before the trainer sets its seed
     running = build(organism, _arguments(out, seed, steps))
     _show_progress(running)
     handle = attach(running, _measurements(organism, steps))

@@ -6,7 +6,7 @@ Everything that can be wrong with the input is found here, so that ``attach`` ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,11 +50,14 @@ class TextTable:
 
     prompts: tuple[Prompt, ...]
     scored: frozenset[str]
+    _index: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {prompt.id: row for row, prompt in enumerate(self.prompts)})
 
     def rows(self, prompts: Sequence[Prompt]) -> Tensor:
         """Row indices ``[len(prompts)]`` of these texts."""
-        index = {prompt.id: row for row, prompt in enumerate(self.prompts)}
-        return torch.tensor([index[prompt.id] for prompt in prompts], dtype=torch.long)
+        return torch.tensor([self._index[prompt.id] for prompt in prompts], dtype=torch.long)
 
 
 @dataclass(frozen=True, slots=True)
