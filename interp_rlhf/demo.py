@@ -93,11 +93,14 @@ def run_demo(trainer: str, out: str | Path, *, seed: int = 0, steps: int | None 
         steps: optimizer steps; the trainer's own number where left out.
 
     Raises:
-        ConfigError: no such trainer in this TRL, ``out`` holds something else, or ``INTERP_RLHF=off``.
+        ConfigError: no such trainer in this TRL, a negative seed, ``out`` holds something else, or
+            ``INTERP_RLHF=off``.
     """
     build, began = _builder(trainer), time.monotonic()
     if os.environ.get(SWITCH, "").lower() == "off":
         raise ConfigError(f"demo: {SWITCH}=off leaves nothing to show; unset it")
+    if seed < 0:
+        raise ConfigError(f"seed: expected 0 or more, found {seed}")
     out, steps = Path(out), steps or STEPS[trainer]
     _make_room(out)
     with _quiet():

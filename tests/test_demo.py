@@ -18,6 +18,7 @@ from interp_rlhf.demo import DemoResult, run_demo
 from interp_rlhf.errors import ConfigError
 from interp_rlhf.organisms import Organism, concepts
 
+pytestmark = pytest.mark.xdist_group("demo")  # one worker, so that it is built once
 needs_ppo = pytest.mark.skipif(not has_ppo(), reason="this TRL has no PPO (1.12 is the last line that has it)")
 
 
@@ -115,6 +116,8 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path):
 def test_wrong_trainer_and_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"^trainer: expected dpo, ppo, grpo, found 'sft'$"):
         run_demo("sft", tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"^seed: expected 0 or more, found -1$"):
+        run_demo("dpo", tmp_path / "x", seed=-1)
     monkeypatch.setenv("INTERP_RLHF", "off")
     with pytest.raises(ConfigError, match=r"^demo: INTERP_RLHF=off"):
         run_demo("dpo", tmp_path / "x")

@@ -14,10 +14,13 @@ import torch
 
 from interp_rlhf import organisms
 from interp_rlhf.activations.prompts import Prompt
+from interp_rlhf.errors import ConfigError
 from interp_rlhf.organisms import agreement_reward, build_organism, concepts, language, training
 from interp_rlhf.readouts.baselines import bag_of_tokens_auc, length_auc
 from interp_rlhf.readouts.packs import load_pack, render, split
 from interp_rlhf.readouts.separation import auc
+
+pytestmark = pytest.mark.xdist_group("organism")  # one worker, so that it is built once
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,16 @@ def test_a_built_organism_is_reused_and_another_recipe_replaces_it(tmp_path: Pat
     monkeypatch.setattr(organisms, "RECIPE", -1)
     build_organism(tmp_path)
     assert weights.stat().st_mtime_ns != first
+
+
+def test_a_model_that_is_no_organism_is_left_alone(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("mine")
+    with pytest.raises(ConfigError, match=r"model: exists and is no organism"):
+        build_organism(tmp_path)
+    assert (tmp_path / "model" / "weights").read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"^seed: expected 0 or more, found -1$"):
+        build_organism(tmp_path / "other", -1)
 
 
 # -- the data --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp_rlhf.errors import ConfigError
 from interp_rlhf.organisms import language
 from interp_rlhf.organisms.language import Concept, concepts
 
@@ -173,18 +174,31 @@ def build_organism(folder: str | Path, seed: int = 0) -> Organism:
 
     Args:
         folder: created where needed; an organism of another seed or recipe in it is replaced.
-        seed: for initial weights, training texts and all data sets.
+        seed: for initial weights, training texts and all data sets; 0 or more.
+
+    Raises:
+        ConfigError: a negative seed, or ``folder`` holds a model that is no organism.
     """
     from interp_rlhf.organisms.training import pretrain
 
+    if seed < 0:
+        raise ConfigError(f"seed: expected 0 or more, found {seed}")
     organism = Organism(Path(folder), seed)
+    marker = organism.model_path / "organism.json"
     recipe = hashlib.sha256(f"{RECIPE}|{seed}|{language.vocabulary()}".encode()).hexdigest()
-    marker = organism.folder / "organism.json"
-    if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")).get("recipe") != recipe:
-        for name in ("model", "reward_model"):
-            shutil.rmtree(organism.folder / name, ignore_errors=True)
-        _once(organism.model_path, lambda target: pretrain(target, seed))
-        marker.write_text(json.dumps({"recipe": recipe, "seed": seed}) + "\n", encoding="utf-8")
+    if organism.model_path.exists():
+        if not marker.exists():
+            raise ConfigError(f"{organism.model_path}: exists and is no organism; expected another folder")
+        if recipe in marker.read_text(encoding="utf-8"):
+            return organism
+        for path in (organism.model_path, organism.folder / "reward_model"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def build(draft: Path) -> None:
+        pretrain(draft, seed)
+        (draft / marker.name).write_text(json.dumps({"recipe": recipe, "seed": seed}) + "\n", encoding="utf-8")
+
+    _once(organism.model_path, build)
     return organism
 
 
