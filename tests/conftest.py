@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -22,6 +25,8 @@ os.environ.update(
     MKL_NUM_THREADS="1",
 )
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # trackio reads it once, when first imported
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 os.environ.pop("INTERP_RLHF", None)
 
 import gzip

@@ -120,7 +120,7 @@ def ranking_panel(findings: Sequence[Finding], tolerance: float) -> Panel | None
     if not findings:
         return None
     ranked = sorted(findings, key=lambda f: (abs(f.value), f.readout))
-    figure = _figure("", height=90 + 30 * len(ranked))
+    figure = _figure("", height=130 + 30 * max(len(ranked), 2))
     for place, finding in enumerate(ranked):
         if finding.band is not None:
             low, high = finding.band

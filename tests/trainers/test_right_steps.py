@@ -48,7 +48,6 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     patch.setenv("WANDB_MODE", "offline")
     patch.setenv("WANDB_DIR", str(folder))
     patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
     changes = {"report_to": ["wandb", "tensorboard", "trackio"], "run_name": "steps", "project": "interp-test"}
     trainer, handle = train(folder / "out", CONFIG, **changes)
     import wandb
@@ -122,7 +121,9 @@ def test_wandb_offline_run_holds_the_same_rows(tracked: dict[str, Any]) -> None:
 def test_trackio_holds_the_same_rows(tracked: dict[str, Any]) -> None:
     import sqlite3
 
-    (database,) = [p for p in tracked["folder"].rglob("*.db")]
+    from trackio.utils import TRACKIO_DIR
+
+    (database,) = TRACKIO_DIR.rglob("interp-test*.db")
     with sqlite3.connect(database) as connection:
         rows = [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
     found = {row["train/global_step"]: row for row in rows if any(k.startswith("train/interp/") for k in row)}
