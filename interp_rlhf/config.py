@@ -29,7 +29,7 @@ class PromptsConfig:
     Attributes:
         source: ``auto`` draws from the evaluation data, else the training data; ``named`` reads ``path``.
         path: JSONL prompt file (see ``docs/formats.md``); required for streaming datasets.
-        n: number of prompts, drawn once with the run's seed.
+        n: number of different prompts, drawn once with the run's seed; of a preference pair one side is read.
         max_length: tokens kept per text; longer completions are cut, a longer prompt is an error.
         batch_size: texts per forward pass of a measurement.
         tokens: which tokens enter the per-text mean; ``completion`` falls back to the prompt where there is none.

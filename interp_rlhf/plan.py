@@ -116,7 +116,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         refused.append(Refusal("behaviour", "", f"{tree.architecture} has no language-model head to score texts with"))
     return Plan(
         hookpoints=hookpoints,
-        audit=_audit_prompts(config, data, tokenizer, limit, skip=len(concepts[0].fit) if _has_pairs(concepts) else 0),
+        audit=_audit_prompts(config, data, tokenizer, limit, fitted=_fitted(concepts)),
         concepts=tuple(concepts),
         directions=_saved_directions(config, hookpoints, tree),
         refused=tuple(refused),
@@ -151,7 +151,9 @@ def _audit_data(config: InterpConfig, train_dataset: Any, eval_dataset: Any) -> 
     return None
 
 
-def _audit_prompts(config: InterpConfig, data: _Data | None, tokenizer: Any, limit: int, *, skip: int) -> PromptSet:
+def _audit_prompts(
+    config: InterpConfig, data: _Data | None, tokenizer: Any, limit: int, *, fitted: frozenset[str]
+) -> PromptSet:
     settings = config.prompts
     if settings.source == "named":
         if settings.path is None:
@@ -162,14 +164,16 @@ def _audit_prompts(config: InterpConfig, data: _Data | None, tokenizer: Any, lim
     else:
         audit = PromptSet.from_rows(
             draw_rows(
-                data.dataset, tokenizer, n=settings.n, seed=config.seed, max_length=limit, name=data.name, skip=skip
+                data.dataset, tokenizer, n=settings.n, seed=config.seed, max_length=limit, name=data.name,
+                leave_out=fitted,
             ),
             name=data.name,
             source=data.source,
-        )
+        )  # fmt: skip
     units = len({prompt.unit for prompt in audit.prompts})
     if units < 8:
-        raise PromptError(f"{audit.name}: expected at least 8 prompts to measure on, found {units}")
+        beside = f" beside the {len(fitted)} that {PREFERENCE} is fitted on" if fitted else ""
+        raise PromptError(f"{audit.name}: expected at least 8 different prompts to measure on, found {units}{beside}")
     skip_ids = frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None)
     for prompt in audit.prompts:
         content_tokens(prompt, settings.tokens, skip_ids)
@@ -185,25 +189,20 @@ def _preference_concept(
     columns = set(data.dataset[0])
     if not ({"chosen", "rejected"} <= columns or {"chosen_ids", "rejected_ids"} <= columns):
         return None, ""  # nothing was promised: this training has no pairs
-    wanted = min(config.concepts.n_pairs, len(data.dataset) // 2 * 2)
-    half = min(wanted // 2, len(data.dataset) // 2)
-    rows = draw_rows(data.dataset, tokenizer, n=2 * half, seed=config.seed, max_length=limit, name=data.name)
+    rows = draw_rows(
+        data.dataset, tokenizer, n=config.concepts.n_pairs, seed=config.seed, max_length=limit, name=data.name
+    )
     pairs = [row.pair for row in rows if row.pair is not None]
-    fit, held = _halves(pairs)
-    if min(len(fit), len(held)) < 8:
-        return None, f"expected at least 16 usable preference pairs in {data.name}, found {len(pairs)}"
+    fit, held = split(pairs, config.seed)
+    if min(len({pair.group for pair in half}) for half in (fit, held)) < 8:
+        prompts = len({pair.group for pair in pairs})
+        return None, f"expected pairs of at least 16 prompts in {data.name}, found {len(pairs)} pairs of {prompts}"
     return ConceptTexts(PREFERENCE, data.source, fit, held), ""
 
 
-def _halves(pairs: Sequence[ContrastPair]) -> tuple[tuple[ContrastPair, ...], tuple[ContrastPair, ...]]:
-    """First half to fit, second to read; pairs of one prompt stay on the side where the prompt first appeared."""
-    half = len(pairs) // 2
-    fitted = {pair.group for pair in pairs[:half]}
-    return tuple(pairs[:half]), tuple(pair for pair in pairs[half:] if pair.group not in fitted)
-
-
-def _has_pairs(concepts: Sequence[ConceptTexts]) -> bool:
-    return bool(concepts) and concepts[0].name == PREFERENCE
+def _fitted(concepts: Sequence[ConceptTexts]) -> frozenset[str]:
+    """Sampling units of the training's own data that a direction is fitted on."""
+    return frozenset(pair.group for concept in concepts if concept.name == PREFERENCE for pair in concept.fit)
 
 
 def _pack_concept(

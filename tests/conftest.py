@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
 
 os.environ.update(
@@ -26,11 +24,12 @@ os.environ.update(
 )
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # trackio reads it once, when first imported
-atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 os.environ.pop("INTERP_RLHF", None)
 
+import atexit
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_example_files_can_be_read(formats: Path, tmp_path: Path) -> None:
     encode.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     path = tmp_path / "prompts.jsonl"
     path.write_text(prompts, encoding="utf-8")
-    assert len(PromptSet.from_jsonl(path, encode, max_length=32).pairs) == 1
+    assert len(PromptSet.from_jsonl(path, encode, max_length=32).prompts) == len(prompts.strip().splitlines())
     (pack,) = examples(formats, "Concept packs", "jsonl")[:1]
     (tmp_path / "pack.jsonl").write_text(pack, encoding="utf-8")
     assert load_pack(str(tmp_path / "pack.jsonl")).name == "brevity"

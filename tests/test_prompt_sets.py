@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainers.table import preferences, tokenizer
 
-from interp_rlhf.activations.prompt_sets import PromptSet
+from interp_rlhf.activations.prompt_sets import PromptSet, draw_rows
 from interp_rlhf.errors import PromptError
 
 DRAW = {"n": 12, "seed": 3, "max_length": 64, "name": "train_dataset", "source": "training"}
@@ -22,7 +22,7 @@ def test_drawing_is_seeded_and_touches_no_global_generator():
     assert (np.random.get_state()[1] == states[1]).all() and torch.equal(torch.get_rng_state(), states[2])
     assert first == PromptSet.from_dataset(preferences(), tokenizer(), **DRAW)
     assert first.hash != PromptSet.from_dataset(preferences(), tokenizer(), **{**DRAW, "seed": 4}).hash
-    assert len(first.pairs) == 12 and len({p.unit for p in first.prompts}) == 12
+    assert len(first.prompts) == 12 and len({p.unit for p in first.prompts}) == 12
     assert [p.id for p in first.prompts] == sorted(p.id for p in first.prompts)
 
 
@@ -32,7 +32,42 @@ def test_rows_that_do_not_fit_are_replaced_and_counted():
     from datasets import Dataset
 
     drawn = PromptSet.from_dataset(Dataset.from_list(data), tokenizer(), **{**DRAW, "n": 20})
-    assert drawn.skipped == 1 and len(drawn.pairs) == 19
+    assert drawn.skipped == 1 and len(drawn.prompts) == 19
+
+
+def test_one_side_of_each_pair_is_read_chosen_and_rejected_in_turn():
+    data = preferences(20)
+    rows = draw_rows(data, tokenizer(), n=20, seed=0, max_length=64, name="train_dataset")
+    drawn = PromptSet.from_rows(rows, name="train_dataset", source="training")
+    chosen, rejected = ({getattr(row.pair, side).id for row in rows} for side in ("positive", "negative"))
+    read = {prompt.id for prompt in drawn.prompts}
+    assert len(read & chosen) == len(read & rejected) == 10
+
+
+def test_rows_of_one_prompt_are_one_sampling_unit_and_drawn_once():
+    from datasets import Dataset
+
+    data = [{"prompt": f"w{i // 4} w1", "completion": f" w{i} w2"} for i in range(40)]
+    drawn = PromptSet.from_dataset(Dataset.from_list(data), tokenizer(), **{**DRAW, "n": 40})
+    assert len(drawn.prompts) == len({p.unit for p in drawn.prompts}) == 10
+
+
+def test_units_left_out_are_never_drawn():
+    rows = draw_rows(preferences(), tokenizer(), n=10, seed=3, max_length=64, name="train_dataset")
+    left_out = frozenset(row.pair.group for row in rows)
+    again = draw_rows(preferences(), tokenizer(), n=48, seed=3, max_length=64, name="d", leave_out=left_out)
+    assert len(again) == 38 and left_out.isdisjoint(text.unit for row in again for text in row.prompts)
+
+
+def test_texts_without_a_prompt_are_units_of_their_own():
+    data = [{"text": f"w{i} w1"} for i in range(6)] + [
+        {"prompt": "", "chosen": f"w{i}", "rejected": f"w{i + 9}"} for i in range(6)
+    ]
+    from datasets import Dataset
+
+    for rows in (data[:6], data[6:]):
+        drawn = PromptSet.from_dataset(Dataset.from_list(rows), tokenizer(), **DRAW)
+        assert len({p.unit for p in drawn.prompts}) == 6
 
 
 def test_a_streaming_dataset_is_refused_and_not_consumed():

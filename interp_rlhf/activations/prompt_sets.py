@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from interp_rlhf.activations.prompts import ContrastPair, Prompt
+from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.rows import RowTexts, row_texts
 from interp_rlhf.errors import PromptError
 from interp_rlhf.measurement import Source
@@ -20,20 +20,21 @@ from interp_rlhf.measurement import Source
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Texts to read, ordered by id, with the preference pairs among them.
+    """Texts to read, ordered by id. Of a preference pair one side is read, chosen and rejected in turn.
+
+    Reading both sides and averaging them would hide the spread along whatever tells them apart, and inflate every
+    drift that is measured in units of that spread.
 
     Attributes:
         name: where they came from, for people (``eval_dataset``, a file's name).
         source: ``evaluation``, ``training`` or ``named``.
-        prompts: texts ordered by :attr:`Prompt.id`; texts of one preference pair share their ``unit``.
-        pairs: preference pairs, in drawing order (empty where the data has none).
+        prompts: texts ordered by :attr:`Prompt.id`.
         skipped: rows left out because their prompt does not fit into the length cap.
     """
 
     name: str
     source: Source
     prompts: tuple[Prompt, ...]
-    pairs: tuple[ContrastPair, ...] = ()
     skipped: int = 0
 
     @property
@@ -48,31 +49,28 @@ class PromptSet:
         Raises:
             PromptError: nothing usable among the rows.
         """
-        texts: dict[str, Prompt] = {}
-        pairs, skipped, seen = [], 0, 0
-        for row in rows:
-            seen += 1
-            skipped += not row.prompts
-            for prompt in row.prompts:
-                texts.setdefault(prompt.id, prompt)
-            if row.pair is not None:
-                pairs.append(row.pair)
-        if not texts:
-            raise PromptError(f"{name}: no usable prompt among {seen} rows ({skipped} do not fit into the length cap)")
-        return cls(name, source, tuple(texts[key] for key in sorted(texts)), tuple(pairs), skipped)
+        rows = list(rows)
+        usable = [row.prompts for row in rows if row.prompts]
+        skipped = len(rows) - len(usable)
+        if not usable:
+            raise PromptError(
+                f"{name}: no usable prompt among {len(rows)} rows ({skipped} do not fit into the length cap)"
+            )
+        read = [prompts[turn % len(prompts)] for turn, prompts in enumerate(usable)]
+        texts = {prompt.id: prompt for prompt in read}
+        return cls(name, source, tuple(texts[key] for key in sorted(texts)), skipped)
 
     @classmethod
     def from_dataset(
         cls, dataset: Any, tokenizer: Any, *, n: int, seed: int, max_length: int, name: str, source: Source
     ) -> Self:
-        """Draw ``n`` rows of a map-style dataset with a generator of its own; the dataset is never iterated.
+        """Draw ``n`` rows with different prompts, by index and with a generator of its own; nothing is iterated.
 
         Raises:
             PromptError: a streaming dataset (drawing would consume it), an empty one, or no usable row.
         """
-        return cls.from_rows(
-            draw_rows(dataset, tokenizer, n=n, seed=seed, max_length=max_length, name=name), name=name, source=source
-        )
+        rows = draw_rows(dataset, tokenizer, n=n, seed=seed, max_length=max_length, name=name, leave_out=frozenset())
+        return cls.from_rows(rows, name=name, source=source)
 
     @classmethod
     def from_jsonl(cls, path: str | Path, tokenizer: Any, *, max_length: int, n: int | None = None) -> Self:
@@ -93,25 +91,33 @@ class PromptSet:
 
 
 def draw_rows(
-    dataset: Any, tokenizer: Any, *, n: int, seed: int, max_length: int, name: str, skip: int = 0
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    n: int,
+    seed: int,
+    max_length: int,
+    name: str,
+    leave_out: frozenset[str] | None = None,
 ) -> list[RowTexts]:
-    """``n`` usable rows in a seeded random order, after the first ``skip`` usable ones of that order.
+    """``n`` usable rows in a seeded random order.
 
     Rows that do not fit are replaced by later ones (and come back empty, to be counted). Several texts of a packed row
-    count separately.
+    count separately. With ``leave_out`` every prompt is drawn once, and the sampling units named in it never.
     """
     check_drawable(dataset, name)
     found: list[RowTexts] = []
     unusable: list[RowTexts] = []
-    passed = 0
+    seen = set(leave_out or ())
     for index in np.random.default_rng(seed).permutation(len(dataset)):
         for texts in row_texts(dataset[int(index)], tokenizer, max_length=max_length):
             if not texts.prompts:
                 unusable.append(texts)
-            elif passed < skip:
-                passed += 1
-            else:
+                continue
+            unit = texts.prompts[0].unit
+            if leave_out is None or unit not in seen:
                 found.append(texts)
+            seen.add(unit)
         if len(found) >= n:
             break
     return [*found[:n], *unusable]

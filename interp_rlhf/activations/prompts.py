@@ -23,7 +23,7 @@ class Prompt:
     Attributes:
         input_ids: token ids without padding.
         completion_start: index of the first completion token; ``len(input_ids)`` where there is no completion.
-        unit: the sampling unit this text belongs to (texts of one preference pair share it).
+        unit: the sampling unit this text belongs to: its prompt, or the text itself where it has none.
     """
 
     input_ids: tuple[int, ...]

@@ -141,20 +141,22 @@ def _single(ids: Sequence[int], start: int, max_length: int) -> RowTexts:
     if limit >= max_length or len(ids) < 2:
         return RowTexts(())
     kept = tuple(ids[:max_length])
-    return RowTexts((Prompt(kept, min(start, len(kept)), _unit(kept)),))
+    return RowTexts((Prompt(kept, min(start, len(kept)), _unit(ids[:start], kept)),))
 
 
 def _preference(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int) -> RowTexts:
     if len(prompt) >= max_length or not chosen or not rejected:
         return RowTexts(())
-    unit = _unit([*prompt, -1, *chosen, -1, *rejected])
+    unit = _unit(prompt, [*prompt, -1, *chosen, -1, *rejected])
     texts = tuple(Prompt(tuple([*prompt, *side][:max_length]), len(prompt), unit) for side in (chosen, rejected))
     if texts[0].input_ids == texts[1].input_ids:
         return RowTexts(())
-    return RowTexts(texts, ContrastPair(texts[0], texts[1], group=_unit(prompt)))
+    return RowTexts(texts, ContrastPair(texts[0], texts[1], group=unit))
 
 
-def _unit(ids: Sequence[int]) -> str:
+def _unit(prompt: Sequence[int], text: Sequence[int]) -> str:
+    """Hash of the prompt; of the whole text where the prompt is a start token at most."""
+    ids = prompt if len(prompt) > 1 else text
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 

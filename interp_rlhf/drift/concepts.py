@@ -1,7 +1,7 @@
 """How far a concept moved: drift along its direction, how well the direction still separates, behaviour beside it.
 
-Rows are sampling units. Several texts of one unit (the two completions of a preference pair) are averaged first with
-:func:`by_unit`, so that an interval counts pairs, not texts.
+Rows are sampling units. Several texts of one unit (completions of the same prompt) are averaged first with
+:func:`by_unit`, so that an interval counts prompts, not texts.
 """
 
 from __future__ import annotations
