@@ -23,6 +23,8 @@ from interp_rlhf.readouts.directions import Direction
 #: Names of the tensors that a step-0 snapshot keeps for a later resume.
 FIRST, AGAIN = "start/", "start_again/"
 LOG_PROBS, LOG_PROBS_AGAIN = "start_log_probs", "start_again_log_probs"
+#: Name of the tensor, in every snapshot, that says which texts the rows of its readings belong to.
+TEXT_IDS = "text_ids"
 
 
 class IntervalOptions(TypedDict):
@@ -126,9 +128,10 @@ def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, c
     )
 
 
-def baseline_tensors(first: Reading, again: Reading) -> dict[str, Tensor]:
-    """Both readings as named tensors, for the step-0 snapshot."""
+def baseline_tensors(table: TextTable, first: Reading, again: Reading) -> dict[str, Tensor]:
+    """Both readings of a table as named tensors, for the step-0 snapshot."""
     return {
+        TEXT_IDS: table.ids,
         **{FIRST + name: value for name, value in first.means.items()},
         **{AGAIN + name: value for name, value in again.means.items()},
         LOG_PROBS: torch.nan_to_num(first.log_probs, nan=0.0),  # texts without one are never asked for theirs
@@ -145,28 +148,35 @@ def direction_tensors(baseline: Baseline) -> dict[str, Tensor]:
     }
 
 
-def reading_tensors(reading: Reading) -> dict[str, Tensor]:
-    """One reading as named tensors, for a later snapshot."""
+def reading_tensors(table: TextTable, reading: Reading) -> dict[str, Tensor]:
+    """One reading of a table as named tensors, for a later snapshot."""
     means = {f"means/{name}": value for name, value in reading.means.items()}
-    return {**means, "log_probs": torch.nan_to_num(reading.log_probs, nan=0.0)}
+    return {TEXT_IDS: table.ids, **means, "log_probs": torch.nan_to_num(reading.log_probs, nan=0.0)}
 
 
 def stored_readings(tensors: Mapping[str, Tensor], plan: Plan, table: TextTable) -> tuple[Reading, Reading]:
     """The two readings of :func:`baseline_tensors`, read back when a run is resumed.
 
     Raises:
-        FormatError: they were taken at other hookpoints or of another number of texts than this run reads.
+        FormatError: a hookpoint or a text that this run reads is not among them.
     """
-    for name in plan.hookpoints:
-        value = tensors.get(FIRST + name)
-        if value is None or len(value) != len(table.prompts):
-            found = "none" if value is None else f"{len(value)} texts"
-            raise FormatError(
-                f"step-0 snapshot: {name}: expected readings of {len(table.prompts)} texts, found {found}; "
-                "resume with the interp config and data that the run was started with"
-            )
-    first, again = ({name: tensors[prefix + name] for name in plan.hookpoints} for prefix in (FIRST, AGAIN))
-    return Reading(first, tensors[LOG_PROBS], 0, 0.0), Reading(again, tensors[LOG_PROBS_AGAIN], 0, 0.0)
+    advice = "resume with the interp config and data that the run was started with"
+    absent = [name for name in plan.hookpoints if FIRST + name not in tensors]
+    if absent:
+        raise FormatError(f"step-0 snapshot: no readings at {', '.join(absent)}; {advice}")
+    place = {text: row for row, text in enumerate(tensors[TEXT_IDS].tolist())}
+    found = [place[text] for text in table.ids.tolist() if text in place]
+    if len(found) < len(table.prompts):
+        raise FormatError(
+            f"step-0 snapshot: readings of {len(found)} of the {len(table.prompts)} texts of this run found; {advice}"
+        )
+    rows = torch.tensor(found, dtype=torch.long)
+
+    def reading(prefix: str, log_probs: str) -> Reading:
+        means = {name: tensors[prefix + name][rows] for name in plan.hookpoints}
+        return Reading(means, tensors[log_probs][rows], 0, 0.0)
+
+    return reading(FIRST, LOG_PROBS), reading(AGAIN, LOG_PROBS_AGAIN)
 
 
 def _admit_concept(

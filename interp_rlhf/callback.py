@@ -194,7 +194,7 @@ class InterpCallback(TrainerCallback):
         decode = getattr(getattr(self._tokenizer, "tokenizer", self._tokenizer), "decode", None)
         if decode is not None:
             run.store.texts("texts", ({"id": p.id, "text": decode(list(p.input_ids))} for p in table.prompts))
-        self._snapshot(step, baseline_tensors(first, again) | direction_tensors(run.baseline))
+        self._snapshot(step, baseline_tensors(table, first, again) | direction_tensors(run.baseline))
 
     # -- during training -------------------------------------------------------------------------------------------
 
@@ -267,9 +267,10 @@ class InterpCallback(TrainerCallback):
         run.saved_step = step
 
     def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
-        if self._run.reading is None:
+        run = self._run
+        if run.table is None or run.reading is None:
             raise MeasurementError(f"step {step}: no reading to keep")
-        self._snapshot(step, reading_tensors(self._run.reading), checkpoint)
+        self._snapshot(step, reading_tensors(run.table, run.reading), checkpoint)
 
     def _read(self, table: TextTable, model: nn.Module, **order: Any) -> Reading:
         return read_table(model, table, self._run.plan, self.config, self._run.world, **order)

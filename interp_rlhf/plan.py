@@ -55,6 +55,12 @@ class TextTable:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_index", {prompt.id: row for row, prompt in enumerate(self.prompts)})
 
+    @property
+    def ids(self) -> Tensor:
+        """The texts' ids as numbers, int64 ``[N]``: what says in a file which texts its rows belong to."""
+        values = [int.from_bytes(bytes.fromhex(prompt.id), signed=True) for prompt in self.prompts]
+        return torch.tensor(values, dtype=torch.long)
+
     def rows(self, prompts: Sequence[Prompt]) -> Tensor:
         """Row indices ``[len(prompts)]`` of these texts."""
         return torch.tensor([self._index[prompt.id] for prompt in prompts], dtype=torch.long)
