@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from interp_rlhf.activations.hookpoints import unwrap_model
+from interp_rlhf.audit.sealing import tensor_hash
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World
-from interp_rlhf.plan import Plan
+from interp_rlhf.plan import ConceptTexts, Plan
 
 #: Packages whose versions are recorded.
 RECORDED: tuple[str, ...] = (
@@ -45,7 +47,7 @@ def run_info(
     inner = unwrap_model(model)
     settings = inner.config
     return {
-        "config": config.as_mapping(),
+        "config": published(config),
         "versions": versions(),
         "trainer": trainer_class or None,
         "model": {
@@ -64,9 +66,32 @@ def run_info(
             "sha256": plan.audit.hash,
             "max_length": plan.max_length,
         },
+        "concepts": [
+            {"name": concept.name, "fit": len(concept.fit), "held": len(concept.held), "sha256": _pairs_hash(concept)}
+            for concept in plan.concepts
+        ],
+        "directions": [
+            {"name": direction.name, "hookpoint": direction.hookpoint, "sha256": tensor_hash(direction.vector)}
+            for direction in plan.directions
+        ],
         "world_size": world.size,
         "seed": config.seed,
     }
+
+
+def published(config: InterpConfig) -> dict[str, Any]:
+    """The config with files by their names: folders of a machine are nobody else's business."""
+    settings = config.as_mapping()
+    for group, key in (("prompts", "path"), ("concepts", "packs"), ("concepts", "directions")):
+        value = settings[group][key]
+        names = [Path(path).name for path in ([value] if isinstance(value, str) else value or [])]
+        settings[group][key] = (names[0] if names else None) if key == "path" else names
+    return settings
+
+
+def _pairs_hash(concept: ConceptTexts) -> str:
+    halves = {half: [(p.positive.id, p.negative.id) for p in getattr(concept, half)] for half in ("fit", "held")}
+    return _digest(json.dumps(halves))
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
