@@ -153,6 +153,21 @@ def test_settings_named_on_the_pages_exist(repository: Path) -> None:
                 assert group not in groups or key == "py" or key in known[group], f"{page.name}: {group}.{key}"
 
 
+def test_the_table_of_what_works_has_every_trainer_of_the_contract(repository: Path) -> None:
+    from trainers.table import trainers
+
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- works:begin -->")[2].partition("<!-- works:end -->")[0].strip().splitlines()
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in (table[0], *table[2:])]
+    names = [re.sub(r"\W", "", row[0]).lower().replace("transformerstrainer", "") for row in rows[1:]]
+    assert sorted(names) == sorted(name.replace("_", "") for name in trainers())
+    assert {len(row) for row in rows} == {len(rows[0])}
+    for leg, column in (("1.12", 1), ("newest", 2)):
+        pinned = (repository / "requirements" / f"trl-{leg}.txt").read_text(encoding="utf-8")
+        assert f"trl=={rows[0][column].removeprefix('TRL ')}" in pinned
+    assert [row[0] for row in rows if row[2] == "–"] == ["PPO"]
+
+
 def test_relative_links_resolve(repository: Path) -> None:
     for page in pages(repository):
         for target in LINK.findall(page.read_text(encoding="utf-8")):

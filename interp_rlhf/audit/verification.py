@@ -111,8 +111,8 @@ def render(verification: Verification) -> str:
     ]
     verdict = "verified" if verification.ok else "FAILED"
     lines.append(
-        f"{verdict}: {verification.path}: {counts['ok']} checks passed, {counts['note']} notes, "
-        f"{counts['warning']} warnings, {failures} failures"
+        f"{verdict}: {verification.path}: checks passed: {counts['ok']}, notes: {counts['note']}, "
+        f"warnings: {counts['warning']}, failures: {failures}"
     )
     lines.append(f"head     {verification.head}")
     lines.append(
@@ -368,7 +368,7 @@ def _check_texts(output: Path, events: Iterable[Mapping[str, Any]]) -> Iterator[
     for event in events:
         if event["event"] != "texts":
             continue
-        file = f"{TEXTS}/{ascii(str(event.get('texts')))[1:81]}"
+        file = f"{TEXTS}/{ascii(str(event.get('texts')))[1:-1][:80]}"
         try:
             place = output / TEXTS / safe_name(event["texts"])
             if place.exists():
