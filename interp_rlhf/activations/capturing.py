@@ -312,12 +312,12 @@ def read_prompts(
             rows.extend(batch.rows)
             found, score = _read_batch(engine, parts, resolved, batch, log_probs=log_probs)
             for name, value in found.items():
-                means[name].append(value.cpu())
+                means[name].append(value)
             if score is not None:
-                scores.append(score.cpu())
+                scores.append(score)
     order = torch.tensor(rows).argsort()
-    ordered = {name: torch.cat(value)[order] for name, value in means.items()}
-    scored = torch.cat(scores)[order] if log_probs else None
+    ordered = {name: torch.cat(value).cpu()[order] for name, value in means.items()}
+    scored = torch.cat(scores).cpu()[order] if log_probs else None
     _check_finite(ordered, scored, prompts)
     count = sum(len(prompt.input_ids) for prompt in prompts)
     return Readings(MappingProxyType(ordered), scored, count, time.perf_counter() - started)
