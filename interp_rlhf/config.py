@@ -121,6 +121,7 @@ class InterpConfig:
 
     Attributes:
         hookpoints: where to read; ``layers.50%.resid_post`` is a fractional depth.
+        layers: path of the decoder layers inside the model, for architectures that are not recognised.
         representation: log representation metrics (CKA, cosine, norm ratio, effective rank).
         reference: how readings of the frozen start are had: ``auto`` caches them at step 0.
         headline: at most this many scalars go to the trainer's log per measurement.
@@ -137,6 +138,7 @@ class InterpConfig:
         "layers.75%.resid_post",
         "layers.100%.resid_post",
     )
+    layers: str | None = None
     representation: bool = True
     reference: Literal["auto", "cached", "adapter", "ref_model", "copy"] = "auto"
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

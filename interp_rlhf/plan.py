@@ -103,7 +103,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
     Raises:
         InterpError: the first thing that is wrong, naming the hookpoint, file or dataset.
     """
-    tree = layout(model)
+    tree = layout(model, layers=config.layers)
     hookpoints = tuple(point.name for point in resolve_hookpoints(config.hookpoints, tree))
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     limit = min(config.prompts.max_length, _context(tree) or config.prompts.max_length)

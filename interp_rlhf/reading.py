@@ -103,9 +103,11 @@ def _read_shared(
             side=side,
             longest_first=longest_first,
             log_probs=scored,
+            layers=config.layers,
         )
     except Exception as problem:  # agreed on below by all ranks, where they can still talk
-        if world.size > 1 and not find_engine(model, layout(model)).may_stop:  # collectives inside the forward
+        parts = layout(model, layers=config.layers)
+        if world.size > 1 and not find_engine(model, parts).may_stop:  # collectives inside the forward
             raise ShardedForwardError(f"rank {world.rank}: {type(problem).__name__}: {problem}") from problem
         outcome = problem
     local = agree(outcome, world)

@@ -13,7 +13,7 @@ import torch
 from bad_input import SMALL, Executed, check_message, contents
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
-from trainers.table import preferences, prompts, sentence, trainers
+from trainers.table import causal_lm, preferences, prompts, sentence, trainers
 
 from interp_rlhf import Direction, InterpConfig, InterpError, attach
 from interp_rlhf.cli import main
@@ -261,6 +261,19 @@ def test_named_prompts_let_a_streaming_dataset_through(
     monkeypatch.setattr(trainer, "eval_dataset", None)
     attach(trainer, {**SMALL, "prompts": {"source": "named", "path": path}}).detach()
     assert not consumed
+
+
+def test_an_unknown_architecture_is_listed_and_its_layers_can_be_named(tmp_path: Path) -> None:
+    model = causal_lm()
+    model.model.more = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in model.model.layers)
+    trainer = trainers()["plain"].build(tmp_path, model=model, max_steps=2)
+    config = {"prompts": {"n": 8}, "concepts": {"packs": []}, "report": False, "on_error": "raise"}
+    with pytest.raises(HookpointError) as caught:
+        attach(trainer, config)
+    check_message(str(caught.value), ("model.layers (3 of LlamaDecoderLayer)", "model.more (3 of Linear)", "layers:"))
+    handle = attach(trainer, {**config, "layers": "model.layers"})
+    trainer.train()
+    assert "layers.2.resid_post" in set(handle.timeline().hookpoint)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])

@@ -225,7 +225,7 @@ def _find_layers(lm: nn.Module, decoder: nn.Module, length: int) -> str:
     if len(outermost) != 1:
         raise HookpointError(
             f"{type(lm).__name__}: expected one ModuleList of {length} layers, found {len(outermost)}; "
-            f'{_candidates(lm)}; layers="path" overrides it'
+            f'{_candidates(lm)}; layers="path" overrides it (in the interp config, layers: path)'
         )
     return outermost[0]
 
