@@ -41,7 +41,7 @@ from interp_rlhf.baseline import (
 )
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, barrier, join_world, run_on_main
-from interp_rlhf.errors import MeasurementError
+from interp_rlhf.errors import InterpError, MeasurementError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
 from interp_rlhf.plan import Plan, TextTable, make_plan
@@ -78,6 +78,7 @@ class _Run:
     saved_step: int = -1
     began: float = field(default_factory=time.monotonic)
     spent: float = 0.0
+    ended: bool = False
 
     @property
     def baseline(self) -> Baseline:
@@ -161,6 +162,9 @@ class InterpCallback(TrainerCallback):
         run.table = run.plan.keep(names).table(fit=self.config.concepts.refit)
         rows = table.rows(run.table.prompts)
         run.start_means = {name: value[rows] for name, value in first.means.items()}
+        if stored and run.reference.kind == "copy":
+            log.warning("reference: copy: none was kept of step 0, the resumed run goes by its readings (cached)")
+            run.reference = Reference("cached")
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), run.world)
         run.tried_step = run.measured_step = run.saved_step = step
@@ -194,14 +198,14 @@ class InterpCallback(TrainerCallback):
         decode = getattr(getattr(self._tokenizer, "tokenizer", self._tokenizer), "decode", None)
         if decode is not None:
             run.store.texts("texts", ({"id": p.id, "text": decode(list(p.input_ids))} for p in table.prompts))
-        self._snapshot(step, baseline_tensors(table, first, again) | direction_tensors(run.baseline))
+        self._snapshot(step, baseline_tensors(table, first, again) | direction_tensors(run.baseline), start=True)
 
     # -- during training -------------------------------------------------------------------------------------------
 
     def before_log(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """The headline scalars of a due measurement, for the row that is about to be logged; usually empty."""
         run, step = self._current, state.global_step
-        if run is None or step == run.logged_step or any(key.startswith("eval_") for key in logs):
+        if run is None or run.ended or step == run.logged_step or any(key.startswith("eval_") for key in logs):
             return {}
         if step != run.measured_step:
             if not (self._due(step, state) or "train_runtime" in logs):
@@ -234,8 +238,10 @@ class InterpCallback(TrainerCallback):
         run, step = self._current, state.global_step
         if run is None:
             return
+        run.ended = True  # from here on the weights may be others than those of the last step
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if run.saved_step != step:
-            self._guarded(step, "the end", lambda: self._measure_and_keep(step, None))
+            self._guarded(step, "the end", lambda: self._keep_end(step, best))
         self._guarded(step, "the report", lambda: run_on_main(self._tell, run.world))
 
     # -- one measurement -------------------------------------------------------------------------------------------
@@ -266,6 +272,12 @@ class InterpCallback(TrainerCallback):
         run_on_main(lambda: self._snapshot_reading(step, checkpoint), run.world)
         run.saved_step = step
 
+    def _keep_end(self, step: int, best: str | None) -> None:
+        """Snapshot of the last step. Where the best checkpoint has been loaded, nothing is read under its number."""
+        if best is not None and self._run.measured_step != step:
+            raise MeasurementError(f"step {step}: its weights are gone, {Path(best).name} was loaded in their place")
+        self._measure_and_keep(step, None)
+
     def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
         run = self._run
         if run.table is None or run.reading is None:
@@ -286,9 +298,11 @@ class InterpCallback(TrainerCallback):
         run.store.append(run.rows)
         return run.rows
 
-    def _snapshot(self, step: int, tensors: Mapping[str, Tensor], checkpoint: Path | None = None) -> None:
+    def _snapshot(
+        self, step: int, tensors: Mapping[str, Tensor], checkpoint: Path | None = None, *, start: bool = False
+    ) -> None:
         run = self._run
-        if not self.config.snapshots.enabled and step:
+        if not (self.config.snapshots.enabled or start):
             return
         run.store.snapshot(
             step,
@@ -314,7 +328,13 @@ class InterpCallback(TrainerCallback):
             log.warning("step %d: %s failed, training goes on: %s", step, what, reason)
             log.debug("traceback", exc_info=error)
             if run.world.is_main and run.segment:
-                run.store.event("failure", step=step, what=what, reason=reason.splitlines()[0])
+                self._record_failure(step, what, reason.splitlines()[0])
+
+    def _record_failure(self, step: int, what: str, reason: str) -> None:
+        try:
+            self._run.store.event("failure", step=step, what=what, reason=reason)
+        except InterpError as error:  # what cannot be written has been warned about, and is not worth the training
+            log.warning("step %d: the failure is not in the timeline: %s", step, error)
 
     # -- what was found --------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def test_outside_the_band_without_moving_is_not_specific() -> None:
 
 def test_numeric_floor_is_no_band_of_comparable_directions() -> None:
     at_end = drift_row("c", "layers.0.resid_post", 5, 0.5, null_kind="numeric", null_low=-1e-6, null_high=1e-6)
-    summary = summary_of([at_end])
+    summary = summary_of([drift_row("c", "layers.0.resid_post", 0, 0.0), at_end])
     assert summary.moved[0].band is None and summary.moved[0].outside_band is None
     assert summary.specific == ()
     assert "* c" not in render_text(summary)
@@ -154,6 +154,32 @@ def test_one_step_only_is_no_drift() -> None:
     summary = summary_of([drift_row("c", "layers.0.resid_post", 0, 0.0)])
     assert (summary.moved, summary.not_detected) == ((), ())
     assert summary.not_measured[0].reason == "only the starting point was measured"
+
+
+def test_a_start_after_step_0_is_no_drift_either() -> None:
+    start = drift_row("c", "layers.0.resid_post", 4, 0.0, null_kind="numeric", null_low=-0.3, null_high=0.3)
+    summary = summary_of([start])
+    assert (summary.moved, summary.not_detected) == ((), ())
+    assert summary.not_measured[0].reason == "only the starting point was measured"
+    later = summary_of([start, drift_row("c", "layers.0.resid_post", 6, 0.25)])
+    assert later.not_detected[0].within_floor
+
+
+def test_events_of_abandoned_weights_do_not_count_and_refusals_count_once() -> None:
+    refused = {
+        "event": "refused",
+        "readout": "c",
+        "hookpoint": "layers.0.resid_post",
+        "reason": "no better than chance",
+    }
+    failure = {"event": "failure", "what": "a measurement", "reason": "not finite"}
+    begun, resumed, afresh = (
+        {"event": "segment", "segment": number, "resumed_from": step, "parent": parent}
+        for number, step, parent in ((1, None, None), (2, 4, 1), (3, 0, None))
+    )
+    run = [begun, refused, {**failure, "step": 3}, {**failure, "step": 6}, resumed, refused]
+    assert [(m.what, m.step) for m in summary_of([], run).not_measured] == [("c", None), ("a measurement", 3)]
+    assert summary_of([], [*run, afresh]).not_measured == ()
 
 
 def test_empty_timeline() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ FOLDER, TEXTS, TIMELINE, SNAPSHOTS = "interp", "_interp", "timeline.jsonl", "sna
 RUN_SCHEMA = 1
 #: Keys of a run file that are not the caller's.
 RESERVED: tuple[str, ...] = ("schema", "segment", "resumed_from", "seal")
+
+#: Longest spelling of a value, and of a hash, in a difference.
+_SHOWN, _SHOWN_HASH = 60, 13
 
 _RUN_FILE = re.compile(r"run(?:-(\d{2,}))?\.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -72,6 +76,36 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if type(document.get("segment")) is not int:
         raise FormatError(f"{path}: segment: found {str(document.get('segment'))[:20]!a}, expected a whole number")
     return document
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields in which two run files differ, as ``place: old → new``; what belongs to the segment is left out.
+
+    >>> differences({"config": {"seed": 0}, "segment": 1}, {"config": {"seed": 1}, "segment": 2})
+    ['config.seed: 0 → 1']
+    """
+    before, after = (
+        dict(_leaves({key: value for key, value in document.items() if key not in RESERVED})) for document in (old, new)
+    )
+    changed = [place for place in {**before, **after} if before.get(place) != after.get(place)]
+    return [f"{place}: {_short(place, before)} → {_short(place, after)}" for place in changed]
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Place and spelling of every value; entries of a list that have a name are found by it."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) and "name" in item for item in value):
+        for item in value:
+            yield from _leaves({key: inner for key, inner in item.items() if key != "name"}, f"{place}.{item['name']}")
+    else:
+        yield place, json.dumps(value)
+
+
+def _short(place: str, leaves: Mapping[str, str]) -> str:
+    text, limit = leaves.get(place, "absent"), _SHOWN_HASH if place.endswith("sha256") else _SHOWN
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def checkpoint_folders(output_dir: Path) -> tuple[Path, ...]:

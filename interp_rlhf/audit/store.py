@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from interp_rlhf.audit.layout import (
     TIMELINE,
     check_ours,
     checkpoint_folders,
+    differences,
     find_run,
     parse_run_file_name,
     read_run_file,
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from torch import Tensor
+
+
+log = logging.getLogger("interp_rlhf")
 
 
 class RunStore:
@@ -103,6 +109,7 @@ class RunStore:
             self.event("note", text=f"{len(removed)} unfinished files of a killed writer were removed")
         self._announce_found()
         parent, remark = self._resumed_segment(resumed_from or 0)
+        remarks = [*([remark] if remark else []), *(self._changes(info, parent) if resumed_from else ())]
         self.segment = max(self._known_segments(), default=0) + 1
         name = run_file_name(self.segment)
         document = run_document(info, self.segment, resumed_from)
@@ -114,8 +121,9 @@ class RunStore:
             number=self.segment,
             parent=parent,
         )
-        if remark:
-            self.event("note", text=remark)
+        for text in remarks:
+            self.event("note", text=text)
+            log.warning("%s", text)
         return self.segment
 
     def append(self, rows: Iterable[Measurement]) -> None:
@@ -153,7 +161,7 @@ class RunStore:
             checkpoint: the checkpoint folder with these weights; its weight files are hashed.
             captured: what was read, JSON-ready.
             cost: seconds, tokens …, JSON-ready.
-            keep: keep the tensors of this many newest snapshots besides those of step 0; ``None`` keeps all.
+            keep: keep the tensors of this many newest snapshots besides the first of each chain; ``None`` keeps all.
 
         Raises:
             FormatError: a snapshot of this or a later step exists, or a value has no place in the format.
@@ -165,19 +173,20 @@ class RunStore:
             raise FormatError(
                 f"{self.folder / SNAPSHOTS}: found a snapshot of step {step} {found}, expected a later one"
             )
+        parent = newest or _newest_on_line(self.snapshots, writer.segments, self.segment)
         written = write_snapshot(
             self.folder / SNAPSHOTS,
             segment=self.segment,
             step=step,
             rows=rows,
             tensors=tensors,
-            parent=newest or _newest_on_line(self.snapshots, writer.segments, self.segment),
+            parent=parent,
             run=self._run_file,
             timeline=writer.prefix(),
             checkpoint=Path(checkpoint) if checkpoint is not None else None,
             captured=captured,
             cost=cost,
-            pruned=self._to_prune(step, keep),
+            pruned=self._to_prune(parent is None, keep),
         )
         self.snapshots.append(written)
         self._announce(written)
@@ -187,13 +196,19 @@ class RunStore:
         return written
 
     def baseline(self) -> dict[str, Tensor] | None:
-        """Tensors of the step-0 snapshot of the line that was resumed; ``None`` where there is none.
+        """Tensors of the snapshot that the resumed line begins with; ``None`` where there is none.
+
+        That is step 0, or the step from which a run went on that had not been measured before.
 
         Raises:
             FormatError: it is there but damaged.
         """
         limits = live_limits(self._started().segments)
-        starts = [snapshot for snapshot in self.snapshots if snapshot.step == 0 and snapshot.segment in limits]
+        starts = [
+            snapshot
+            for snapshot in self.snapshots
+            if snapshot.parent is None and snapshot.step <= limits.get(snapshot.segment, -1)
+        ]
         return starts[0].tensors() if starts else None
 
     def texts(self, name: str, texts: Iterable[Mapping[str, Any]]) -> Path:
@@ -246,12 +261,12 @@ class RunStore:
         fields = {"snapshot": snapshot.name, "step": snapshot.step}
         self.event("snapshot", **fields, file=_manifest_path(snapshot), sha256=snapshot.digest)
 
-    def _to_prune(self, step: int, keep: int | None) -> list[str]:
+    def _to_prune(self, starts: bool, keep: int | None) -> list[str]:
         if keep is None:
             return []
         done = {name for snapshot in self.snapshots for name in snapshot.manifest["pruned"]}
-        older = [snapshot for snapshot in self.snapshots if snapshot.step > 0 and snapshot.name not in done]
-        kept = max(keep - (step > 0), 0)
+        older = [snapshot for snapshot in self.snapshots if snapshot.parent and snapshot.name not in done]
+        kept = keep if starts else keep - 1
         return [snapshot.name for snapshot in older[: max(len(older) - kept, 0)]]
 
     def _prune(self) -> None:
@@ -280,6 +295,17 @@ class RunStore:
             return None, f"resumed from step {step}: the weights of {checkpoint.name} are not those of its snapshot"
         known = any(snapshot.digest == found.digest for snapshot in self.snapshots)
         return (found.segment, None) if known else (None, f"resumed from step {step}: its snapshot is of another run")
+
+    def _changes(self, info: Mapping[str, Any], parent: int | None) -> list[str]:
+        """One line that names what is set otherwise than in the run that is gone on from."""
+        earlier = [segment for segment in self._started().segments if parent in (None, segment.number)]
+        if not earlier or earlier[-1].file is None:
+            return []
+        try:
+            changed = differences(read_run_file(self.folder / earlier[-1].file), json.loads(canonical_json(dict(info))))
+        except FormatError as error:
+            return [f"resumed with settings that cannot be compared: {error}"]
+        return [f"resumed with other settings than the run was started with: {'; '.join(changed)}"] if changed else []
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,6 +155,22 @@ def live_limits(segments: Sequence[Segment], *, last: int | None = None) -> dict
     return limits
 
 
+def live_events(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events of the line of runs that led to the newest segment; without segments, all of them.
+
+    >>> begun = {"event": "segment", "segment": 1, "resumed_from": None, "parent": None}
+    >>> again = {"event": "segment", "segment": 2, "resumed_from": 5, "parent": 1}
+    >>> live_events([begun, {"event": "failure", "step": 4}, {"event": "failure", "step": 6}, again])[1:]
+    [{'event': 'failure', 'step': 4}, {'event': 'segment', 'segment': 2, 'resumed_from': 5, 'parent': 1}]
+    """
+    limits, number, live = live_limits(segments_of(events)), None, []
+    for event in events:
+        number = event["segment"] if event["event"] == "segment" else number
+        if number is None or event.get("step", 0) <= limits.get(number, -1):
+            live.append(event)
+    return live
+
+
 def to_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a table with the columns of :class:`Measurement` and ``superseded``; ``None`` becomes NaN in numbers."""
     import pandas as pd

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from interp_rlhf.audit.timeline import live_events
 from interp_rlhf.measurement import COLUMNS, Measurement
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def summarise(
 
     Args:
         timeline: Measurement columns and ``superseded``.
-        events: the run's events; ``refused`` and ``failure`` become reasons.
+        events: the run's events; ``refused`` and ``failure`` become reasons, unless a later start left them behind.
         tolerance: δ in step-0 standard deviations.
         confidence: coverage of the timeline's intervals, for the wording.
     """
@@ -181,7 +182,7 @@ def summarise(
         confidence=confidence,
         moved=moved,
         not_detected=not_detected,
-        not_measured=tuple(missing + _from_events(events)),
+        not_measured=tuple(missing + _from_events(live_events(events))),
         moved_without_behaviour=tuple(f for f in moved if f.behaviour_changed is False),
         behaviour_without_moved=tuple(f for f in not_detected if f.behaviour_changed is True),
         representation=_representation([r for r in rows if r.step == step]),
@@ -264,15 +265,16 @@ def _sort_concepts(
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...], list[NotMeasured]]:
     drifts: dict[str, list[Measurement]] = defaultdict(list)
     missing: list[NotMeasured] = []
+    start = table["step"].min()  # not 0 where a run that had not been measured was resumed
     for row in (r for r in rows if r.metric == "concept/drift"):
-        if step == 0:
+        if step == start and row.null_kind == "numeric":
             continue
         if row.ci_low is None or row.ci_high is None:
             missing.append(NotMeasured(row.readout, row.hookpoint, step, "the drift has no interval"))
         else:
             drifts[row.readout].append(row)
     changes = {r.readout: r for r in rows if r.metric == "concept/behaviour_change"}
-    starts = measurements(table[(table["step"] == 0) & (table["null_kind"] == "numeric")])
+    starts = measurements(table[(table["step"] == start) & (table["null_kind"] == "numeric")])
     floors = {(r.readout, r.hookpoint): r for r in starts if r.metric == "concept/drift"}
     findings = [_finding(group, changes.get(name), floors, tolerance) for name, group in drifts.items()]
     order = sorted(findings, key=lambda f: (not f.outside_at, -abs(f.value), f.readout))
@@ -307,7 +309,7 @@ def _finding(
 def _no_longer_read(table: pd.DataFrame, have: set[str], step: int | None) -> list[NotMeasured]:
     last = table[table["metric"] == "concept/drift"].groupby("readout")["step"].max()
     reasons = {
-        name: "only the starting point was measured" if step == 0 else f"last measured at step {at}"
+        name: "only the starting point was measured" if at == step else f"last measured at step {at}"
         for name, at in last.items()
         if name not in have
     }
@@ -321,7 +323,7 @@ def _from_events(events: Sequence[Mapping[str, Any]]) -> list[NotMeasured]:
             found.append(NotMeasured(event["readout"], event.get("hookpoint") or "", None, event["reason"]))
         elif event["event"] == "failure":
             found.append(NotMeasured(event["what"], "", event["step"], event["reason"]))
-    return found
+    return list(dict.fromkeys(found))  # a resumed run refuses what was refused before
 
 
 def _representation(rows: Sequence[Measurement]) -> tuple[RepresentationLine, ...]:

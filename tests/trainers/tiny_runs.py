@@ -1,0 +1,144 @@
+"""What the tests of a run's life share: small configs, one way to train, rows as a table, an independent reading."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from trainers.table import trainers
+from transformers import TrainerCallback
+
+from interp_rlhf import attach
+from interp_rlhf.activations.prompts import Prompt, content_tokens
+from interp_rlhf.cli import main
+
+#: Wall-clock quantities differ between any two runs.
+TIMES = ("runtime", "per_second", "step_time", "eps", "flos")
+KEY = ["metric", "readout", "hookpoint", "step"]
+HOOKPOINTS = ("layers.1.resid_post", "layers.2.resid_post")
+
+
+def small(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A config with one concept that every tiny random model has: the order of two words, which no word count shows."""
+    path = folder.parent / "order.jsonl"
+    if not path.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        first, second = "w3 " * 4 + "w60", "w60 " + "w3 " * 4
+        pairs = [
+            {"group": f"g{i}", "prompt": f"w{i} w{i + 30}", "positive": first, "negative": second.strip()}
+            for i in range(20)
+        ]
+        lines = [{"pack": "order", "description": "w60 comes last (positive) or first (negative)"}, *pairs]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "hookpoints": list(HOOKPOINTS),
+        "prompts": {"n": 16},
+        "concepts": {"n_pairs": 32, "packs": [str(path)]},
+        "schedule": {"every": 3},
+        "statistics": {"bootstrap": 100, "directions": 200},
+        "on_error": "raise",
+        "report": False,
+        **changes,
+    }
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a signal or a time limit would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def build(name: str, folder: Path, *, callbacks: Sequence[TrainerCallback] = (), **changes: Any) -> Any:
+    """A trainer from fixed seeds that saves every second step."""
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    saves = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainers()[name].build(folder, **{**saves, **changes})
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def train(name: str, folder: Path, config: Any, *, resume: Any = None, **changes: Any) -> tuple[Any, Any]:
+    """Build, attach where there is a config, train; ``resume`` is a checkpoint's folder."""
+    trainer = build(name, folder, **changes)
+    handle = attach(trainer, config) if config is not None else None
+    random.seed(4), np.random.seed(5), torch.manual_seed(6)
+    if resume is None:
+        trainer.train()
+    else:
+        trainer.train(resume_from_checkpoint=str(resume))
+    return trainer, handle
+
+
+def own_log(trainer: Any) -> list[dict[str, Any]]:
+    """The trainer's log without our keys and without times."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
+        for row in trainer.state.log_history
+    ]
+
+
+def interp_log(trainer: Any) -> dict[int, dict[str, float]]:
+    """Our keys of the trainer's log by step."""
+    rows = [(r["step"], {k: v for k, v in r.items() if k.startswith("interp/")}) for r in trainer.state.log_history]
+    return {step: row for step, row in rows if row}
+
+
+def assert_same_training(first: Any, second: Any) -> None:
+    """Weights, logged numbers and random states of two runs, bit by bit. Call it right after the second one."""
+    a, b = first.model.state_dict(), second.model.state_dict()
+    assert a.keys() == b.keys()
+    assert not [name for name, value in a.items() if not torch.equal(value, b[name])]
+    assert own_log(first) == own_log(second)
+
+
+def random_states() -> list[Any]:
+    """Python's, NumPy's and torch's."""
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def live(timeline: pd.DataFrame) -> pd.DataFrame:
+    """What the weights are said to have done: rows that no later start left behind, without cost, by their key."""
+    rows = timeline[~timeline.superseded & ~timeline.metric.str.startswith("cost")]
+    assert not rows.duplicated(KEY).any(), rows[rows.duplicated(KEY)]
+    return rows.set_index(KEY).sort_index()
+
+
+def assert_rows_equal(found: pd.DataFrame, expected: pd.DataFrame, tolerance: float = 1e-6) -> None:
+    """The same keys with the same values, intervals and bands."""
+    assert list(found.index) == list(expected.index)
+    for column in ("value", "ci_low", "ci_high", "null_low", "null_high", "p", "n"):
+        np.testing.assert_allclose(
+            found[column].to_numpy(float), expected[column].to_numpy(float), rtol=tolerance, atol=tolerance
+        )
+
+
+def verify(folder: Path) -> int:
+    """Exit code of ``interp-rlhf verify``."""
+    return main(["verify", str(folder)])
+
+
+def direct_means(model: Any, prompts: Sequence[Prompt], hookpoint: str, skip: frozenset[int]) -> Tensor:
+    """Readings ``[N, d]`` one text at a time, from the hidden states that the model returns (never the last layer's)."""
+    layer = int(hookpoint.split(".")[1])
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    rows = []
+    with torch.no_grad():
+        for prompt in prompts:
+            states = model(input_ids=torch.tensor([prompt.input_ids]), output_hidden_states=True).hidden_states
+            rows.append(states[layer + 1][0][torch.tensor(content_tokens(prompt, "completion", skip))].mean(0))
+    for module, mode in modes:
+        module.training = mode
+    return torch.stack(rows)
