@@ -67,7 +67,12 @@ def standardised_drift(
 def comparison_drifts(
     x0: Float[Tensor, "n d"], xt: Float[Tensor, "n d"], directions: Float[Tensor, "k d"]
 ) -> Float[Tensor, " k"]:
-    """Mean ``D`` along each comparison direction, ``[k]``, each in its own step-0 standard deviations."""
+    """Mean ``D`` along each comparison direction, ``[k]``, each in its own step-0 standard deviations.
+
+    >>> x0 = torch.tensor([[0.0, 0.0], [2.0, 1.0], [4.0, 2.0]])
+    >>> comparison_drifts(x0, x0 + 1, torch.eye(2))
+    tensor([0.5000, 1.0000], dtype=torch.float64)
+    """
     a, b = _readings(x0, xt, directions[0])
     return (b - a).mean(0) @ directions.double().cpu().T / _spread(a, directions.T)
 
@@ -93,6 +98,11 @@ def drift_estimate(
 
     The SD is a fixed unit of these prompts: the interval does not carry its sampling error (about 1/√(2n) of the
     value).
+
+    >>> x0, v = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]), torch.tensor([1.0, 0.0])
+    >>> found = drift_estimate(x0, x0 + torch.tensor([1.0, 7.0]), v, None)
+    >>> found.value, found.ci_low, found.n, found.unit
+    (0.5, 0.5, 3, 'sd')
     """
     d = standardised_drift(x0, xt, v)
     value = float(d.mean())
@@ -118,6 +128,10 @@ def drift_norm_estimate(
 
     Raises:
         MeasurementError: as :func:`standardised_drift`, or step-0 readings that are all 0.
+
+    >>> x0 = torch.tensor([[3.0, 4.0], [4.0, 3.0]])
+    >>> drift_norm_estimate(x0, x0 + torch.tensor([1.0, 7.0]), torch.tensor([1.0, 0.0])).value
+    0.2
     """
     a, b = _readings(x0, xt, v)
     length = float(a.norm(dim=1).mean())
@@ -143,6 +157,9 @@ def auc_estimate(
 
     Raises:
         MeasurementError: the lengths differ, fewer than 2 pairs, or NaN.
+
+    >>> auc_estimate(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0])).value
+    0.875
     """
     n = _pairs("concept/auc", positive, negative)
     a, b = finite(positive, "positive scores"), finite(negative, "negative scores")
@@ -172,6 +189,11 @@ def refit_cosine_estimate(
 
     Raises:
         MeasurementError: shapes that differ, NaN, or a difference in means of length 0.
+
+    >>> zero, start = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> found = refit_cosine_estimate(start, zero, start.flip(1), zero)  # turned by a right angle
+    >>> found.value, found.ci_low, found.ci_high
+    (0.0, 0.0, 0.0)
     """
     n = _pairs("concept/cosine", positive_0, negative_0, positive_t, negative_t)
     start, now = (
@@ -198,6 +220,9 @@ def behaviour_estimate(
 
     Args:
         gap_t: ``[n]`` gap of the summed completion log-probabilities of each pair.
+
+    >>> behaviour_estimate(torch.tensor([1.0, 2.0])).value
+    1.5
     """
     interval = paired_bootstrap(gap_t, resamples=resamples, confidence=confidence, seed=seed)
     return estimate("concept/behaviour", float(gap_t.double().mean()), len(gap_t), interval=interval)
@@ -211,7 +236,12 @@ def behaviour_change_estimate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """``concept/behaviour_change``: mean over pairs of the gap now minus the same pair's gap at step 0, nats."""
+    """``concept/behaviour_change``: mean over pairs of the gap now minus the same pair's gap at step 0, nats.
+
+    >>> found = behaviour_change_estimate(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5]))
+    >>> found.value, found.ci_low, found.ci_high  # paired: the spread over pairs cancels
+    (0.5, 0.5, 0.5)
+    """
     n = _pairs("concept/behaviour_change", gap_0, gap_t)
     change = gap_t.double() - gap_0.double()
     interval = paired_bootstrap(change, resamples=resamples, confidence=confidence, seed=seed)
