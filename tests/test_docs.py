@@ -166,6 +166,10 @@ def test_the_table_of_what_works_has_every_trainer_of_the_contract(repository: P
         pinned = (repository / "requirements" / f"trl-{leg}.txt").read_text(encoding="utf-8")
         assert f"trl=={rows[0][column].removeprefix('TRL ')}" in pinned
     assert [row[0] for row in rows if row[2] == "–"] == ["PPO"]
+    apart = (repository / "tests" / "distributed" / "test_two_processes.py").read_text(encoding="utf-8")
+    on_two = re.search(r'"trainer", (\[.*?\])', apart)
+    assert on_two is not None
+    assert [name for name, row in zip(names, rows[1:], strict=True) if "–" not in row] == json.loads(on_two[1])
 
 
 def test_relative_links_resolve(repository: Path) -> None:

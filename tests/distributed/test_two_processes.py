@@ -1,4 +1,4 @@
-"""DPO attached on two processes: readings equal one process on the same weights, training is left alone."""
+"""Attached on two processes: readings equal one process on the same weights, training is left alone."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from trainers.table import saved_model
-from transformers import AutoModelForCausalLM
+from torch import nn
+from trainers.table import causal_lm, preferences, prompts, saved_model, scorer, texts, tokenizer, unpaired
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from interp_rlhf import load_run
 from interp_rlhf.activations.capturing import read_prompts
 from interp_rlhf.activations.prompts import Prompt
+from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.audit.verification import verify_run
+from interp_rlhf.plan import TextTable
 
-WORKER = Path(__file__).with_name("dpo_worker.py")
+WORKER = Path(__file__).with_name("trainer_worker.py")
 
 
-def launch(engine: str, out: Path, *, processes: int = 2, **environment: str) -> str:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def launch(trainer: str, engine: str, out: Path, **environment: str) -> str:
+    model = out.parent / "scorer" if trainer == "reward" else saved_model(0)
+    if trainer == "reward":
+        scorer().save_pretrained(model)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
     done = subprocess.run(
-        [*command, str(WORKER), engine, str(out), str(saved_model(0))],
+        [*command, trainer, engine, str(out), str(model)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
@@ -34,65 +39,59 @@ def launch(engine: str, out: Path, *, processes: int = 2, **environment: str) ->
     return done.stdout + done.stderr
 
 
-def texts(out: Path) -> dict[str, Prompt]:
-    """Not the texts but their token ids: rebuilt from the data the worker drew, looked up by id."""
-    from trainers.table import preferences, tokenizer
-
-    from interp_rlhf.activations.rows import row_texts
-
-    found = {}
-    for row in preferences(40):
-        row = {**row, "chosen": row["chosen"] + " </s>", "rejected": row["rejected"] + " </s>"}
-        for text in row_texts(row, tokenizer(), max_length=128):
-            found.update({prompt.id: prompt for prompt in text.prompts})
+@cache
+def known_texts() -> dict[int, Prompt]:
+    """Every text that a trainer of the table may read, by the number that snapshots know it by."""
+    found: dict[int, Prompt] = {}
+    for row in (*preferences(24), *unpaired(24), *texts(24), *prompts(16)):
+        ended = {
+            key: f"{value} </s>" if isinstance(value, str) and key != "prompt" else value for key, value in row.items()
+        }
+        for variant in (row, ended):  # trainers add the end of a text
+            for drawn in row_texts(variant, tokenizer(), max_length=128):
+                for prompt in drawn.prompts:
+                    found[int(TextTable((prompt,), frozenset()).ids)] = prompt
     return found
 
 
-def read_saved(folder: Path, out: Path, name: str, prefix: str) -> None:
-    """The snapshot's readings equal those of one process on the saved weights."""
-    run = load_run(out)
-    snapshot = next(s for s in run.snapshots if s.name == name)
-    ids = [json.loads(line)["id"] for line in (out / "_interp" / "01-texts.jsonl").read_text().splitlines()]
-    known = texts(out)
+def check_readings(model: nn.Module, out: Path, name: str, prefix: str) -> None:
+    """The snapshot's readings equal those of one process on the same weights."""
+    (snapshot,) = [snapshot for snapshot in load_run(out).snapshots if snapshot.name == name]
     tensors = snapshot.tensors()
     hookpoints = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
     assert hookpoints
-    kept = [known[i] for i in sorted(ids)]
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    alone = read_prompts(model, kept, hookpoints, batch_size=8, pad_token_id=0, skip_ids=frozenset({1}))
+    read = [known_texts()[text] for text in tensors["text_ids"].tolist()]
+    alone = read_prompts(model, read, hookpoints, batch_size=8, pad_token_id=0, skip_ids=frozenset({1}))
     for hookpoint in hookpoints:
-        recorded = tensors[prefix + hookpoint]
-        if len(recorded) == len(kept):
-            torch.testing.assert_close(recorded, alone.means[hookpoint], atol=1e-4, rtol=0)
-        else:  # after admission only part of the texts is read on
-            distance = torch.cdist(recorded, alone.means[hookpoint]).min(dim=1).values
-            assert distance.max() < 1e-4
+        torch.testing.assert_close(tensors[prefix + hookpoint], alone.means[hookpoint], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_two_processes_read_what_one_reads(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["dpo", "sft", "grpo", "rloo", "kto", "reward"])
+def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: Path) -> None:
     out = tmp_path / engine
-    launch(engine, out)
+    launch(trainer, engine, out)
     run = load_run(out)
     assert sorted(run.timeline().step.unique()) == [0, 2, 4]
     assert not [event for event in run.events if event["event"] == "failure"]
     assert run.info["world_size"] == 2
     assert verify_run(out).ok
-    read_saved(saved_model(0), out, "01-step-000000", "start/")
-    read_saved(out / "checkpoint-4", out, "01-step-000004", "means/")
+    start, kind = (scorer(), LlamaForSequenceClassification) if trainer == "reward" else (causal_lm(), LlamaForCausalLM)
+    check_readings(start, out, "01-step-000000", "start/")
+    check_readings(kind.from_pretrained(out / "checkpoint-4"), out, "01-step-000004", "means/")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_training_on_two_processes_is_unchanged(engine: str, tmp_path: Path) -> None:
     losses = []
     for name, bare in (("bare", "1"), ("attached", "0")):
-        launch(engine, tmp_path / name, BARE=bare)
+        launch("dpo", engine, tmp_path / name, BARE=bare)
         losses.append(json.loads((tmp_path / name / "losses.json").read_text()))
     assert len(losses[0]) == 4 and losses[0] == losses[1]
 
 
 def test_a_failure_on_one_rank_is_agreed_on_and_costs_no_training(tmp_path: Path) -> None:
-    launch("ddp", tmp_path / "out", FAIL_ON_RANK="1")
+    launch("dpo", "ddp", tmp_path / "out", FAIL_ON_RANK="1")
     run = load_run(tmp_path / "out")
     (failure,) = [event for event in run.events if event["event"] == "failure"]
     assert failure["step"] == 2 and "rank 1: RuntimeError: planted" in failure["reason"]

@@ -1,6 +1,6 @@
-"""One rank of a DPO training that is attached; launched by ``torchrun`` from test_two_processes.py.
+"""One rank of a training that is attached; launched by ``torchrun`` from test_two_processes.py.
 
-Usage: dpo_worker.py ENGINE OUTPUT_DIR MODEL_DIR, with ENGINE one of ddp, zero2, zero3.
+Usage: trainer_worker.py TRAINER ENGINE OUTPUT_DIR MODEL_DIR, TRAINER one of the table, ENGINE ddp, zero2 or zero3.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import conftest  # noqa: E402, F401  offline, single-threaded
 import torch  # noqa: E402
-from trainers.table import preferences, tokenizer  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trainers.table import trainers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
 from interp_rlhf import attach  # noqa: E402
 
 CONFIG = {
-    "prompts": {"n": 15, "batch_size": 4},  # odd: one rank's share is padded
+    "prompts": {"n": 11, "batch_size": 4},  # odd: one rank's share is padded
     "concepts": {"n_pairs": 32, "packs": []},
     "schedule": {"every": 2},
     "statistics": {"bootstrap": 100, "directions": 200},
@@ -43,32 +42,18 @@ def deepspeed(stage: int) -> dict[str, object]:
     }
 
 
-def main(engine: str, output_dir: str, model_dir: str) -> None:
+def main(name: str, engine: str, output_dir: str, model_dir: str) -> None:
     torch.set_num_threads(1)
-    arguments = DPOConfig(
-        output_dir=output_dir,
-        per_device_train_batch_size=2,
+    kind = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
+    trainer = trainers()[name].build(
+        Path(output_dir),
+        model=kind.from_pretrained(model_dir),  # from a file: inside zero.Init none can be built
         max_steps=4,
-        logging_steps=1,
-        learning_rate=1e-3,
         save_strategy="steps",
         save_steps=4,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=32,
-        seed=7,
         optim="adamw_torch",
         deepspeed=deepspeed(int(engine[-1])) if engine.startswith("zero") else None,
     )
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    reference = AutoModelForCausalLM.from_pretrained(model_dir)
-    trainer = DPOTrainer(
-        model, ref_model=reference, args=arguments, train_dataset=preferences(), eval_dataset=preferences(40),
-        processing_class=tokenizer(),
-    )  # fmt: skip
     if os.environ.get("BARE") != "1":
         attach(trainer, {**CONFIG, "on_error": "warn"} if "FAIL_ON_RANK" in os.environ else CONFIG)
     if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", "0"):
