@@ -42,14 +42,16 @@ def checkpoint(output: Path, step: int, weights: bytes | None = None) -> Path:
 
 
 def measure(store: RunStore, step: int, *, save: bool = True, keep: int | None = None) -> None:
-    """What a callback does at one step: rows, then the snapshot beside the checkpoint."""
+    """What a trainer and its callback do at one step: the checkpoint, the rows, the snapshot beside the checkpoint."""
+    weights = f"weights of step {step} in segment {store.segment}".encode()
+    saved = checkpoint(store.output_dir, step, weights) if save and step else None
     rows = [row(store.segment, step, 0.01 * step), row(store.segment, step, 1.0, "representation/cka")]
     store.append(rows)
     store.snapshot(
         step,
         rows,
         tensors(step),
-        checkpoint=checkpoint(store.output_dir, step) if save and step else None,
+        checkpoint=saved,
         captured={"hookpoints": ["layers.1.resid_post"]},
         cost={"seconds": 0.5},
         keep=keep,

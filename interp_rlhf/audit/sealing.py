@@ -194,9 +194,10 @@ def is_leftover(name: str) -> bool:
 def clean_leftovers(folder: str | Path) -> tuple[str, ...]:
     """Remove what writers that died left in ``folder`` (not below); returns the removed names.
 
-    What belongs to another process that is alive on this machine stays.
+    What belongs to another process that is alive on this machine stays, and so does the folder's modification time:
+    the trainer rotates checkpoints by it.
     """
-    removed = []
+    before, removed = Path(folder).stat(), []
     for entry in sorted(Path(folder).iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
         if not is_leftover(entry.name) or (match is not None and _is_other_alive(int(match[1]))):
@@ -206,6 +207,8 @@ def clean_leftovers(folder: str | Path) -> tuple[str, ...]:
         else:
             entry.unlink()
         removed.append(entry.name)
+    if removed:
+        os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
     return tuple(removed)
 
 

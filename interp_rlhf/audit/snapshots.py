@@ -154,6 +154,11 @@ class Snapshot:
         return self.manifest["name"]
 
     @property
+    def checkpoint(self) -> str | None:
+        """Name of the checkpoint folder with the weights that were read; ``None`` where nothing was saved."""
+        return (self.manifest["checkpoint"] or {}).get("folder")
+
+    @property
     def rows(self) -> tuple[dict[str, Any], ...]:
         """The measurement rows of this step.
 
@@ -330,6 +335,14 @@ def copy_to_checkpoint(snapshot: Snapshot, checkpoint_dir: str | Path) -> Path:
         (building / MANIFEST).write_bytes(_read(snapshot.path / MANIFEST))
     os.utime(checkpoint, ns=(before.st_atime_ns, before.st_mtime_ns))
     return checkpoint / COPY
+
+
+def holds(copy: Path, snapshot: Snapshot) -> bool:
+    """Whether ``copy`` is a folder with the manifest of ``snapshot``, byte for byte."""
+    try:
+        return sha256_bytes(_read(copy / MANIFEST)) == snapshot.digest
+    except FormatError:
+        return False
 
 
 def describe(array: np.ndarray) -> dict[str, Any]:

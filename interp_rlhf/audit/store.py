@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from interp_rlhf.audit.snapshots import (
     TENSORS,
     Snapshot,
     copy_to_checkpoint,
+    holds,
     parse_name,
     write_snapshot,
 )
@@ -100,14 +102,13 @@ class RunStore:
         """
         check_ours(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.output_dir)
         writer = TimelineWriter(self.timeline_path)
-        (self.folder / SNAPSHOTS).mkdir(exist_ok=True)
         self.snapshots = list(_load_snapshots(self.folder / SNAPSHOTS))
         self._writer = writer
-        removed = [*clean_leftovers(self.folder), *clean_leftovers(self.folder / SNAPSHOTS)]
-        if removed:
-            self.event("note", text=f"{len(removed)} unfinished files of a killed writer were removed")
+        self._remove_unfinished()
         self._announce_found()
+        self._copy_missing()
         parent, remark = self._resumed_segment(resumed_from or 0)
         remarks = [*([remark] if remark else []), *(self._changes(info, parent) if resumed_from else ())]
         self.segment = max(self._known_segments(), default=0) + 1
@@ -121,6 +122,8 @@ class RunStore:
             number=self.segment,
             parent=parent,
         )
+        (self.folder / SNAPSHOTS).mkdir(exist_ok=True)
+        sync_folder(self.folder)
         for text in remarks:
             self.event("note", text=text)
             log.warning("%s", text)
@@ -221,6 +224,7 @@ class RunStore:
         writer, folder = self._started(), self.output_dir / TEXTS
         data = b"".join(canonical_json(dict(text)) + b"\n" for text in texts)
         folder.mkdir(exist_ok=True)
+        sync_folder(self.output_dir)
         if (folder / name).exists():
             if (folder / name).read_bytes() != data:
                 raise FormatError(f"{folder / name}: exists already with other texts, nothing is written over")
@@ -243,6 +247,12 @@ class RunStore:
         files = [number for path in self.folder.iterdir() if (number := parse_run_file_name(path.name))]
         return [*files, *(segment.number for segment in self._started().segments)]
 
+    def _remove_unfinished(self) -> None:
+        places = (self.folder, self.folder / SNAPSHOTS, self.output_dir / TEXTS, *checkpoint_folders(self.output_dir))
+        removed = [name for place in places if place.is_dir() for name in clean_leftovers(place)]
+        if removed:
+            self.event("note", text=f"{len(removed)} unfinished files of a killed writer were removed")
+
     def _announce_found(self) -> None:
         """Seal into the timeline what a writer that died had finished but not told of, and finish its pruning."""
         told = {event.get("file") for event in self._started().events}
@@ -256,6 +266,22 @@ class RunStore:
             if _manifest_path(snapshot) not in told:
                 self._announce(snapshot)
         self._prune()
+
+    def _copy_missing(self) -> None:
+        """Put snapshots beside their checkpoints where a writer that died had not done so yet."""
+        for place in checkpoint_folders(self.output_dir):
+            *earlier, newest = [None, *(snapshot for snapshot in self.snapshots if snapshot.checkpoint == place.name)]
+            missing = not os.path.lexists(place / COPY) or any(holds(place / COPY, other) for other in earlier if other)
+            if newest is None or not missing or not (newest.path / TENSORS).exists():
+                continue
+            try:
+                if newest.manifest["checkpoint"]["weights"] != weight_hashes(place):
+                    continue
+                copy_to_checkpoint(newest, place)
+                outcome = "has been made"
+            except (FormatError, OSError) as error:  # the snapshot itself is where it belongs
+                outcome = f"could not be made ({error})"
+            self.event("note", text=f"{place.name}: the copy of {newest.name} was missing and {outcome}")
 
     def _announce(self, snapshot: Snapshot) -> None:
         fields = {"snapshot": snapshot.name, "step": snapshot.step}

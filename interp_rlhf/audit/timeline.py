@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_rlhf.audit.records import check_record
-from interp_rlhf.audit.sealing import sha256_bytes, write_atomic
+from interp_rlhf.audit.sealing import sha256_bytes, sync_folder, write_atomic
 from interp_rlhf.errors import FormatError, InterpError, MeasurementError
 from interp_rlhf.measurement import COLUMNS, Measurement
 
@@ -314,6 +314,8 @@ class TimelineWriter:
                     os.ftruncate(file.fileno(), self._size)
                     raise
                 os.fsync(file.fileno())
+            if not self._size:
+                sync_folder(self.path.parent)
         except OSError as error:
             raise InterpError(f"{self.path}: cannot be written ({error.strerror})") from None
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from interp_rlhf.audit.layout import SNAPSHOTS, TEXTS, TIMELINE, find_run, parse_run_file_name, read_run_file
 from interp_rlhf.audit.sealing import is_leftover, safe_name, safe_relative, sha256_bytes, sha256_file
-from interp_rlhf.audit.snapshots import MANIFEST, ROWS, TENSORS, Snapshot, describe, parse_name
+from interp_rlhf.audit.snapshots import MANIFEST, ROWS, TENSORS, Snapshot, describe, holds, parse_name
 from interp_rlhf.audit.timeline import GENESIS, Scan, live_limits, scan_timeline, segments_of
 from interp_rlhf.audit.weights import COPY, weight_hashes
 from interp_rlhf.errors import FormatError
@@ -307,16 +307,14 @@ def _check_checkpoints(
         limits = live_limits(segments_of(events))
     except FormatError:
         limits = {}
-    owners: dict[str, Snapshot] = {}
+    owners: dict[str, list[Snapshot]] = {}
     for snapshot in snapshots:
-        if snapshot.manifest["checkpoint"] is None:
-            continue
-        folder = snapshot.manifest["checkpoint"]["folder"]
-        if folder in owners:
+        if snapshot.checkpoint is not None:
+            owners.setdefault(snapshot.checkpoint, []).append(snapshot)
+    for folder, (*earlier, snapshot) in owners.items():
+        for other in earlier:
             text = "weights that a later run wrote over"
-            yield Finding("note", folder, text, f"those of {owners[folder].name}, which cannot be checked any more")
-        owners[folder] = snapshot
-    for folder, snapshot in owners.items():
+            yield Finding("note", folder, text, f"those of {other.name}, which cannot be checked any more")
         checkpoint = output / safe_name(folder)
         if not checkpoint.is_dir():
             yield Finding(
@@ -325,7 +323,7 @@ def _check_checkpoints(
             continue
         live = snapshot.step <= limits.get(snapshot.segment, -1)
         yield from _check_weights(checkpoint, snapshot, "failure" if live else "warning")
-        yield from _check_copy(checkpoint, snapshot)
+        yield from _check_copy(checkpoint, snapshot, earlier)
 
 
 def _check_weights(checkpoint: Path, snapshot: Snapshot, severity: Severity) -> Iterator[Finding]:
@@ -346,13 +344,19 @@ def _check_weights(checkpoint: Path, snapshot: Snapshot, severity: Severity) -> 
             yield result if result.severity == "ok" else Finding(severity, file, result.found, result.expected)
 
 
-def _check_copy(checkpoint: Path, snapshot: Snapshot) -> Iterator[Finding]:
+def _check_copy(checkpoint: Path, snapshot: Snapshot, earlier: Iterable[Snapshot]) -> Iterator[Finding]:
+    """The copy beside the weights; one of an earlier run where the later one was killed before it made its own."""
     copy, file = checkpoint / COPY, f"{checkpoint.name}/{COPY}"
     if copy.is_symlink() or any(path.is_symlink() for path in copy.glob("*")):
         yield _failure(file, "a symbolic link", "a plain copy of the snapshot")
     elif not copy.is_dir():
-        yield Finding("warning", file, "no copy of the snapshot", f"a copy of {snapshot.name}")
+        yield Finding("warning", file, "no copy of the snapshot", f"a copy of {snapshot.name}; the next start makes it")
     else:
+        stale = next((other for other in earlier if holds(copy, other)), None)
+        if stale is not None:
+            found, expected = f"the copy of {stale.name}", f"a copy of {snapshot.name}; the next start makes it"
+            yield Finding("warning", file, found, expected)
+            snapshot = stale
         names = {path.name for path in copy.iterdir()}
         for name in sorted(names - {MANIFEST, *snapshot.manifest["files"]}):
             yield _failure(f"{file}/{ascii(name)[1:-1]}", "a file that does not belong here", "a copy of the snapshot")

@@ -46,8 +46,8 @@ def weight_hashes(checkpoint: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         FormatError: a file cannot be read.
     """
-    checkpoint = Path(checkpoint)
-    return {
-        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_file(checkpoint / name)}
-        for name in weight_files(checkpoint)
-    }
+    checkpoint, found = Path(checkpoint), {}
+    for name in weight_files(checkpoint):
+        digest = sha256_file(checkpoint / name)
+        found[name] = {"bytes": (checkpoint / name).stat().st_size, "sha256": digest}
+    return found
