@@ -67,10 +67,10 @@ def forks(module: str) -> Iterator[Forks]:
 
 def serve(module: str) -> None:
     """One child at a time: its process id when it has started, its wait status when it has ended."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed goes to standard error
     work = importlib.import_module(module)
     work.warm_up()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what children print goes to standard error
     for line in sys.stdin:
         name, *words = json.loads(line)
         child = os.fork()
