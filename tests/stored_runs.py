@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from interp_rlhf.audit.store import RunStore
+from interp_rlhf.audit.store import RunStore, load_run
+from interp_rlhf.audit.verification import verify_run
+from interp_rlhf.cli import main
 from interp_rlhf.measurement import Measurement
 
 INFO = {"config": {"seed": 0}, "versions": {"trl": "1.12.0"}}
@@ -66,3 +69,27 @@ def stored_run(output: Path, steps: tuple[int, ...] = (0, 10, 20), keep: int | N
         measure(store, step, keep=keep)
     store.texts("texts", [{"id": "a", "text": "Is it so?"}])
     return store
+
+
+def resume(output: Path, resumed_from: int | None, steps: tuple[int, ...] = (), **changes: Any) -> RunStore:
+    """A later start of a used folder."""
+    store = RunStore(output)
+    store.start({**INFO, **changes}, resumed_from=resumed_from)
+    for step in steps:
+        measure(store, step)
+    return store
+
+
+def notes(output: Path) -> list[str]:
+    """Texts of the notes in the timeline."""
+    return [event["text"] for event in load_run(output).events if event["event"] == "note"]
+
+
+def with_tensors(output: Path) -> list[int]:
+    """Steps whose snapshots still have their tensors."""
+    return [int(path.parent.name[-6:]) for path in sorted(output.glob("interp/snapshots/*/tensors.safetensors"))]
+
+
+def clean(output: Path) -> bool:
+    """Verifies on the command line, without a warning."""
+    return main(["verify", str(output)]) == 0 and not verify_run(output).problems
