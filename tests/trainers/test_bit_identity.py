@@ -72,8 +72,6 @@ def test_training_is_bit_identical(name: str, setting: str, tmp_path: Path) -> N
     entry = trainers()[name]
     if not entry.available:
         pytest.skip("TRL has no PPO from 1.13 on")
-    if name == "online_dpo" and setting in ("checkpointing", "reentrant"):
-        pytest.skip("OnlineDPO cannot generate under gradient checkpointing, with or without us")
     config = {
         "hookpoints": list(EVERYTHING),
         "prompts": {"n": 16, "batch_size": 5},

@@ -1,4 +1,4 @@
-"""A resumed run goes on as if it had never stopped: drift from the true start, nothing measured twice, all verifiable."""
+"""A resumed run goes on as if it had never stopped: drift from the true start, nothing measured twice, verifiable."""
 
 from __future__ import annotations
 

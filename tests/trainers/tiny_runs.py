@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from torch import Tensor
-from trainers.table import trainers
+from trainers.table import causal_lm, trainers
 from transformers import TrainerCallback
 
 from interp_rlhf import attach
@@ -57,6 +59,18 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop |= state.global_step >= self.step
+
+
+class Keeps(TrainerCallback):
+    """The weights after every step, as they were when the step was done."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights[state.global_step] = copy.deepcopy(kwargs["model"].state_dict())
+
+    on_step_end = on_train_begin
 
 
 def build(name: str, folder: Path, *, callbacks: Sequence[TrainerCallback] = (), **changes: Any) -> Any:
@@ -130,7 +144,7 @@ def verify(folder: Path) -> int:
 
 
 def direct_means(model: Any, prompts: Sequence[Prompt], hookpoint: str, skip: frozenset[int]) -> Tensor:
-    """Readings ``[N, d]`` one text at a time, from the hidden states that the model returns (never the last layer's)."""
+    """Readings ``[N, d]`` one text at a time from the hidden states that the model returns (not the last layer's)."""
     layer = int(hookpoint.split(".")[1])
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -142,3 +156,39 @@ def direct_means(model: Any, prompts: Sequence[Prompt], hookpoint: str, skip: fr
     for module, mode in modes:
         module.training = mode
     return torch.stack(rows)
+
+
+def assert_rows_are_of(weights: Mapping[int, Mapping[str, Tensor]], handle: Any) -> None:
+    """Every row at ``layers.1`` describes the weights that its step had, read and computed here without the package."""
+    plan, hookpoint = handle.callback._plan, HOOKPOINTS[0]
+    prompts = plan.audit.prompts
+    assert len({prompt.unit for prompt in prompts}) == len(prompts)  # one text per unit: nothing is averaged
+    model = causal_lm()
+    read = {}
+    for step, state in weights.items():
+        model.load_state_dict(state)
+        read[step] = direct_means(model, prompts, hookpoint, plan.skip_ids).numpy().astype(np.float64)
+    (concept,) = handle.callback._run.baseline.concepts
+    v = concept.directions[hookpoint].vector.numpy().astype(np.float64)
+    rows = live(handle.timeline())
+    steps = sorted(set(rows.index.get_level_values("step")))
+    for step in steps[1:]:
+        x0, xt = read[steps[0]], read[step]
+        lengths = np.linalg.norm(x0, axis=1), np.linalg.norm(xt, axis=1)
+        expected = {
+            ("representation/cosine", ""): ((x0 * xt).sum(1) / (lengths[0] * lengths[1])).mean(),
+            ("representation/norm_ratio", ""): (lengths[1] / lengths[0]).mean(),
+            ("concept/drift", "order"): ((xt - x0) @ v).mean() / (x0 @ v).std(ddof=1),
+        }
+        for (metric, readout), value in expected.items():
+            assert rows.loc[(metric, readout, hookpoint, step)].value == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+def steps_of(handle: Any) -> list[int]:
+    return sorted(set(live(handle.timeline()).index.get_level_values("step")))
+
+
+def outside(trainer: Any) -> tuple[Any, ...]:
+    """Everything about a trainer that attaching could change."""
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules())
+    return type(trainer), dict(vars(trainer)), list(trainer.callback_handler.callbacks), hooks, trainer.log.__func__
