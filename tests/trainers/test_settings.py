@@ -1,0 +1,157 @@
+"""Real tiny trainers under the settings that people use: packing, streams, lower precision, chats, and how data is fed.
+
+Each is trained twice, with and without us, and compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+from trainers.comparing import assert_same, run
+from trainers.own_data import entry
+from trainers.table import lora, preferences, sentence, texts, tokenizer
+
+from interp_rlhf import PromptError, attach
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {
+        "hookpoints": ["embed", "layers.0.heads", "layers.2.resid_post"],
+        "prompts": {"n": 16, "batch_size": 5},
+        "concepts": {"n_pairs": 32, "packs": []},
+        "schedule": {"every": 2},
+        "statistics": {"bootstrap": 100, "directions": 200},
+        "on_error": "raise",
+        "report": False,
+        **changes,
+    }
+
+
+def same_with_and_without(
+    trainer: Any, folder: Path, settings: dict[str, Any], interp: dict[str, Any] | None = None
+) -> Any:
+    """Train twice, compare; gives the attached run's handle, which has measured start, middle and end."""
+    bare = run(trainer, folder / "bare", settings, None)
+    attached = run(trainer, folder / "attached", settings, interp or config())
+    assert_same(bare, attached)
+    assert sorted(attached["handle"].timeline().step.unique()) == [0, 2, 4]
+    assert len(attached["interp"]) == 2
+    return attached["handle"]
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def numbered_texts(n: int = 60) -> Dataset:
+    """Texts of 3 to 9 words; each starts with a word pair of its own, so that a mixture of two would be seen."""
+    return Dataset.from_list([{"text": f"w{i} w{i} {sentence(i, 1 + i % 7)}"} for i in range(n)])
+
+
+def as_trained(n: int = 60) -> set[tuple[int, ...]]:
+    """What TRL trains on before packing: ids of each text and the end token."""
+    encode = tokenizer()
+    return {(*encode(row["text"])["input_ids"], encode.eos_token_id) for row in numbered_texts(n)}
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packed_texts_are_read_unpacked(strategy: str, tmp_path: Path) -> None:
+    settings = {"packing": True, "packing_strategy": strategy, "max_length": 24}
+    trainer = entry("sft", train=numbered_texts, evaluation=numbered_texts)
+    handle = same_with_and_without(trainer, tmp_path, settings)
+    read = [prompt.input_ids for prompt in handle.callback._plan.audit.prompts]
+    assert len(read) == 16
+    assert set(read) <= as_trained()
+    rows = trainer.build(tmp_path / "look", **settings).train_dataset
+    assert max(len(sizes) for sizes in rows["seq_lengths"]) > 1  # rows do hold several texts
+
+
+def test_texts_that_packing_split_are_read_in_the_pieces_that_are_trained_on(tmp_path: Path) -> None:
+    settings = {"packing": True, "packing_strategy": "bfd_split", "max_length": 7}
+    handle = same_with_and_without(entry("sft", train=numbered_texts), tmp_path, settings)
+    pieces = {text[begin : begin + 7] for text in as_trained() for begin in range(0, len(text), 7)}
+    read = {prompt.input_ids for prompt in handle.callback._plan.audit.prompts}
+    assert len(read) == 16 and read <= pieces and max(map(len, read)) == 7
+
+
+def test_wrapped_rows_are_read_as_they_are_trained_on(tmp_path: Path) -> None:
+    """Wrapping keeps no boundaries, in training as in reading; no text goes beyond a row."""
+    settings = {"packing": True, "packing_strategy": "wrapped", "max_length": 12}
+    trainer = entry("sft", train=numbered_texts)
+    handle = same_with_and_without(trainer, tmp_path, settings)
+    rows = {tuple(ids) for ids in trainer.build(tmp_path / "look", **settings).train_dataset["input_ids"]}
+    assert {prompt.input_ids for prompt in handle.callback._plan.audit.prompts} <= rows
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_padding_free(use_lora: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = entry("sft", train=numbered_texts, **({"peft_config": lora} if use_lora else {}))
+        handle = same_with_and_without(trainer, tmp_path, {"padding_free": True, "max_length": None})
+    assert {prompt.input_ids for prompt in handle.callback._plan.audit.prompts} <= as_trained()
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+STREAMS = {"sft": texts, "dpo": preferences}
+TAKEN: Counter[str] = Counter()
+
+
+def rows_of(name: str) -> Iterator[dict[str, Any]]:
+    for row in STREAMS[name]():
+        TAKEN[name] += 1
+        yield row
+
+
+def stream(name: str) -> IterableDataset:
+    """A streaming dataset; ``TAKEN`` counts the rows taken from it."""
+    return IterableDataset.from_generator(rows_of, gen_kwargs={"name": name})
+
+
+def named_prompts(folder: Path) -> dict[str, Any]:
+    path = folder / "prompts.jsonl"
+    rows = [{"prompt": sentence(900 + i, 5), "completion": " " + sentence(950 + i, 4)} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": "named", "path": str(path), "n": 16, "batch_size": 5}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_without_named_prompts_is_refused_unread(name: str, tmp_path: Path) -> None:
+    trainer = entry(name, train=lambda: stream(name)).build(tmp_path)
+    before, taken = dict(vars(trainer)), TAKEN[name]
+    with pytest.raises(PromptError) as refusal:
+        attach(trainer, config())
+    (line,) = str(refusal.value).splitlines()
+    for part in ("train_dataset", "streaming", "prompts.source: named", "prompts.path"):
+        assert part in line
+    assert TAKEN[name] == taken
+    assert dict(vars(trainer)) == before and not type(trainer).__name__.startswith("Interp")
+    next(iter(trainer.train_dataset))
+    assert TAKEN[name] > taken  # the count does count
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_with_named_prompts(name: str, tmp_path: Path) -> None:
+    trainer, interp = entry(name, train=lambda: stream(name)), config(prompts=named_prompts(tmp_path))
+    TAKEN.clear()
+    bare = run(trainer, tmp_path / "bare", {}, None)
+    taken_without = TAKEN.pop(name)
+    attached = run(trainer, tmp_path / "attached", {}, interp)
+    assert_same(bare, attached)
+    assert TAKEN[name] == taken_without > 0
+    rows = attached["handle"].timeline()
+    assert set(rows.source) == {"named"} and set(rows.step) == {0, 2, 4}
+
+
+def test_texts_come_from_evaluation_data_that_can_be_drawn_from_beside_a_stream(tmp_path: Path) -> None:
+    trainer = entry("dpo", train=lambda: stream("dpo"), evaluation=lambda: preferences(40))
+    handle = same_with_and_without(trainer, tmp_path, {})
+    assert set(handle.timeline().source) == {"evaluation"}
