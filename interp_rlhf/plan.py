@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_rlhf.activations.hookpoints import ModelLayout, layout, resolve_hookpoints
-from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows
+from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows, is_streaming
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.errors import ConfigError, PromptError
@@ -190,8 +190,10 @@ def _preference_concept(
     config: InterpConfig, data: _Data | None, tokenizer: Any, limit: int
 ) -> tuple[ConceptTexts | None, str]:
     """Pairs for the chosen − rejected direction, or the reason there is none."""
-    if data is None or not (hasattr(data.dataset, "__getitem__") and hasattr(data.dataset, "__len__")):
-        return None, "no pairs can be drawn from a streaming dataset"
+    if data is None:
+        return None, "the trainer has no dataset to draw pairs from"
+    if is_streaming(data.dataset):
+        return None, f"no pairs can be drawn from {data.name}, a streaming dataset"
     columns = set(data.dataset[0])
     if not ({"chosen", "rejected"} <= columns or {"chosen_ids", "rejected_ids"} <= columns):
         return None, ""  # nothing was promised: this training has no pairs

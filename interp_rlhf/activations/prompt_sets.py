@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.rows import RowTexts, row_texts
@@ -123,9 +124,14 @@ def draw_rows(
     return [*found[:n], *unusable]
 
 
+def is_streaming(dataset: Any) -> bool:
+    """Whether rows can be had in order only. torch's streams have ``__getitem__`` by inheritance, some ``__len__``."""
+    return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+
+
 def check_drawable(dataset: Any, name: str) -> None:
     """Refuse datasets that cannot be read by index without consuming them, and empty ones."""
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if is_streaming(dataset):
         raise PromptError(
             f"{name}: a streaming dataset cannot be drawn from without consuming it, found {type(dataset).__name__}; "
             "set interp prompts.source: named and prompts.path"

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainers.table import Entry, arguments, causal_lm, length_reward, tokenizer
+from trainers.table import Entry, arguments, causal_lm, tokenizer
 
 #: Two words per turn mark who speaks; every turn ends with the end token.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ ('w80 ' if m['role'] == 'user' else 'w81 ') + m['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'w81 ' }}{% endif %}"
 )
+
+
+def letters(completions: list[Any], **_: Any) -> list[float]:
+    """A reward for plain and conversational completions."""
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return [len(text.replace(" ", "")) / 10 for text in texts]
 
 
 def chat_tokenizer() -> Any:
@@ -56,4 +62,4 @@ def _parts(name: str, output_dir: Path, changes: dict[str, Any]) -> tuple[type, 
     if name == "sft":
         return trl.SFTTrainer, trl.SFTConfig(**{"max_length": 48, **settings}), {}
     generation = {"num_generations": 2, "max_completion_length": 6, "beta": 0.04}
-    return trl.GRPOTrainer, trl.GRPOConfig(**generation, **settings), {"reward_funcs": length_reward}
+    return trl.GRPOTrainer, trl.GRPOConfig(**generation, **settings), {"reward_funcs": letters}

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from trainers.comparing import assert_same, run
 from trainers.own_data import entry
-from trainers.table import lora, preferences, sentence, texts, tokenizer
+from trainers.table import arguments, causal_lm, lora, preferences, prompts, sentence, texts, tokenizer
+from trainers.tiny_runs import small
+from transformers import Trainer, TrainingArguments
 
 from interp_rlhf import PromptError, attach
 
@@ -155,3 +158,69 @@ def test_texts_come_from_evaluation_data_that_can_be_drawn_from_beside_a_stream(
     trainer = entry("dpo", train=lambda: stream("dpo"), evaluation=lambda: preferences(40))
     handle = same_with_and_without(trainer, tmp_path, {})
     assert set(handle.timeline().source) == {"evaluation"}
+
+
+class TorchStream(torch.utils.data.IterableDataset):
+    """What a plain Trainer takes too: by inheritance it has ``__getitem__``, and here a length, yet it is a stream."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        raise AssertionError("the stream was read")
+
+
+def test_a_torch_stream_is_a_stream(tmp_path: Path) -> None:
+    args = TrainingArguments(**arguments(tmp_path))
+    trainer = Trainer(causal_lm(), args=args, train_dataset=TorchStream(), processing_class=tokenizer())
+    with pytest.raises(PromptError, match=r"train_dataset: a streaming dataset .* found TorchStream; set interp"):
+        attach(trainer, config())
+    attach(trainer, config(prompts=named_prompts(tmp_path)))
+
+
+# -- lower precision ---------------------------------------------------------------------------------------------------
+
+NAMES = ("dpo", "sft", "grpo")
+DATA = {"dpo": preferences, "sft": texts, "grpo": prompts}
+
+
+def half() -> Any:
+    return causal_lm().to(torch.bfloat16)
+
+
+PRECISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "autocast": ({}, {"bf16": True}),
+    "bfloat16": ({"model": half}, {}),
+    "bfloat16 and autocast": ({"model": half}, {"bf16": True}),
+    "bfloat16, lora": ({"model": half, "peft_config": lora}, {}),
+    "autocast and checkpointing": ({}, {"bf16": True, "gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize("name", NAMES)
+def test_lower_precision(name: str, precision: str, tmp_path: Path) -> None:
+    makers, settings = PRECISION[precision]
+    trainer = entry(name, train=DATA[name], evaluation=lambda: DATA[name](24), **makers)
+    same_with_and_without(trainer, tmp_path, settings)
+
+
+@pytest.mark.parametrize("refit", [True, False])  # without refitting, later batches are made up of other texts
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_moves_where_nothing_is_learned(name: str, precision: str, refit: bool, tmp_path: Path) -> None:
+    makers, settings = PRECISION[precision]
+    trainer = entry(name, train=DATA[name], **makers)
+    interp = config()
+    interp["concepts"] = {**small(tmp_path / "run")["concepts"], "refit": refit}
+    handle = run(trainer, tmp_path / "run", {**settings, "learning_rate": 0.0}, interp)["handle"]
+    rows = handle.timeline()
+    later = rows[(rows.step > 0) & rows.metric.str.startswith("representation/")]
+    assert len(later) == 2 * 3 * 4
+    ulps = 1e-7 * later.value.abs()  # the floor is one repetition; other batches may exceed it by rounding
+    assert ((later.null_low - ulps <= later.value) & (later.value <= later.null_high + ulps)).all(), later
+    summary = handle.summary()
+    assert not summary.moved
+    assert any(finding.readout == "order" for finding in summary.not_detected)
+    drift = rows[(rows.step > 0) & (rows.metric == "concept/drift")]
+    assert len(drift) and (drift.value.abs() < 0.05).all()
