@@ -94,7 +94,7 @@ def test_named_prompts(tmp_path):
         (b"", "found an empty file"),
         (b'{"prompt": "w1 w2"}\n{"prompt": ', "line 2: not valid JSON"),
         (b"[1, 2]\n", "line 1: expected an object"),
-        (b'{"question": "w1"}\n', "line 1: dataset row: no known text column"),
+        (b'{"question": "w1"}\n', "line 1: no known text column"),
         (b"\x80\x04\x95\x00", "expected UTF-8 text"),
         (b'{"prompt": "' + b"w1 " * 100 + b'"}\n', "line 1: expected a prompt of at most 16 tokens, found 100"),
         (b'{"input_ids": "abc"}\n', "line 1: expected token ids"),

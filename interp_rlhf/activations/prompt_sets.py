@@ -105,13 +105,20 @@ def draw_rows(
 
     Rows that do not fit are replaced by later ones (and come back empty, to be counted). Several texts of a packed row
     count separately. With ``leave_out`` every prompt is drawn once, and the sampling units named in it never.
+
+    Raises:
+        PromptError: a dataset that cannot be drawn from, or a row that cannot be read; names the dataset and the row.
     """
     check_drawable(dataset, name)
     found: list[RowTexts] = []
     unusable: list[RowTexts] = []
     seen = set(leave_out or ())
     for index in np.random.default_rng(seed).permutation(len(dataset)):
-        for texts in row_texts(dataset[int(index)], tokenizer, max_length=max_length):
+        try:
+            read = row_texts(dataset[int(index)], tokenizer, max_length=max_length)
+        except PromptError as error:
+            raise PromptError(f"{name}, row {index}: {error}") from None
+        for texts in read:
             if not texts.prompts:
                 unusable.append(texts)
                 continue

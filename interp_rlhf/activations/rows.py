@@ -37,7 +37,7 @@ def row_texts(row: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> tup
         return tuple(_single(ids, start, max_length) for ids, start in _language_model_rows(row))
     tokens = _token_columns(row) or _raw_columns(row, tokenizer)
     if tokens is None:
-        raise PromptError(f"dataset row: no known text column, found {sorted(row)}")
+        raise PromptError(f"no known text column, found {sorted(row)}")
     prompt, first, second = tokens
     if second is None:
         return (_single([*prompt, *first], len(prompt), max_length),)
@@ -63,7 +63,7 @@ def _raw_columns(row: Mapping[str, Any], tokenizer: Any) -> _TokenColumns | None
     if not {"chosen", "rejected", "prompt", "messages", "text"} & row.keys():
         return None
     if tokenizer is None:
-        raise PromptError(f"dataset row: a tokenizer is needed to read the text columns {sorted(row)}, found none")
+        raise PromptError(f"a tokenizer is needed to read the text columns {sorted(row)}, found none")
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor carries its tokenizer
     if "chosen" in row and "rejected" in row:
         if "prompt" in row:

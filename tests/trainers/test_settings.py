@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from trainers.comparing import assert_same, run
-from trainers.own_data import entry
+from trainers.own_data import chat_tokenizer, entry
 from trainers.table import arguments, causal_lm, lora, preferences, prompts, sentence, texts, tokenizer
 from trainers.tiny_runs import small
 from transformers import Trainer, TrainingArguments
@@ -224,3 +224,164 @@ def test_nothing_moves_where_nothing_is_learned(name: str, precision: str, refit
     assert any(finding.readout == "order" for finding in summary.not_detected)
     drift = rows[(rows.step > 0) & (rows.metric == "concept/drift")]
     assert len(drift) and (drift.value.abs() < 0.05).all()
+
+
+# -- chats -------------------------------------------------------------------------------------------------------------
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def asked(i: int) -> list[dict[str, str]]:
+    return [turn("system", sentence(3 * i + 7, 2)), turn("user", f"w{i} {sentence(3 * i, 4)}")]
+
+
+def answered(i: int, length: int = 4) -> list[dict[str, str]]:
+    return [turn("assistant", sentence(3 * i + length, length))]
+
+
+def chats(columns: str, n: int = 48) -> Dataset:
+    makers: dict[str, Callable[[int], dict[str, Any]]] = {
+        "prompt, chosen, rejected": lambda i: {
+            "prompt": asked(i), "chosen": answered(i, 4 + i % 3), "rejected": answered(i, 7)
+        },
+        "chosen, rejected": lambda i: {
+            "chosen": asked(i) + answered(i, 4 + i % 3), "rejected": asked(i) + answered(i, 7)
+        },
+        "messages": lambda i: {"messages": asked(i) + answered(i)},
+        "prompt, completion": lambda i: {"prompt": asked(i), "completion": answered(i)},
+        "prompt": lambda i: {"prompt": asked(i)},
+    }  # fmt: skip
+    return Dataset.from_list([makers[columns](i) for i in range(n)])
+
+
+def rendered(messages: list[dict[str, str]], *, generation: bool = False) -> tuple[int, ...]:
+    """Token ids of a chat, from the words that the template of these tests stands for."""
+    turns = [f"{'w80' if m['role'] == 'user' else 'w81'} {m['content']} </s>" for m in messages]
+    return tuple(tokenizer().convert_tokens_to_ids(" ".join([*turns, *["w81"] * generation]).split()))
+
+
+def expected_texts(columns: str) -> set[tuple[tuple[int, ...], int]]:
+    """Ids and completion start of every text that may be read of :func:`chats`."""
+    found = set()
+    for row in chats(columns):
+        if "messages" in row:
+            ids = rendered(row["messages"])
+            found.add((ids, len(ids)))
+            continue
+        history = row.get("prompt", row.get("chosen", [])[:-1])
+        start = len(rendered(history, generation=True))
+        if columns == "prompt":
+            found.add((rendered(history, generation=True), start))
+        for key in row.keys() & {"chosen", "rejected", "completion"}:
+            found.add((rendered([*history, row[key][-1]]), start))
+    return found
+
+
+CHATS = [
+    ("dpo", "prompt, chosen, rejected"),
+    ("dpo", "chosen, rejected"),
+    ("sft", "messages"),
+    ("sft", "prompt, completion"),
+    ("grpo", "prompt"),
+]
+
+
+@pytest.mark.parametrize(("name", "columns"), CHATS)
+def test_chats_are_read_as_the_template_renders_them(name: str, columns: str, tmp_path: Path) -> None:
+    trainer = entry(name, train=lambda: chats(columns), evaluation=lambda: chats(columns, 40), encode=chat_tokenizer)
+    handle = same_with_and_without(trainer, tmp_path, {"max_length": 64} if name != "grpo" else {})
+    read = {(prompt.input_ids, prompt.completion_start) for prompt in handle.callback._plan.audit.prompts}
+    assert len(read) == 16
+    assert read <= expected_texts(columns)
+
+
+def test_packed_chats_keep_where_the_completion_starts(tmp_path: Path) -> None:
+    columns = "prompt, completion"
+    trainer = entry("sft", train=lambda: chats(columns), encode=chat_tokenizer)
+    handle = same_with_and_without(trainer, tmp_path, {"packing": True, "max_length": 64})
+    read = {(prompt.input_ids, prompt.completion_start) for prompt in handle.callback._plan.audit.prompts}
+    assert len(read) == 16
+    assert read <= expected_texts(columns)
+
+
+@pytest.mark.parametrize("interp", [{}, {"prompts": "named"}], ids=["its own data", "named prompts"])
+def test_chats_without_a_template_are_refused_in_one_line(interp: dict[str, Any], tmp_path: Path) -> None:
+    if interp:
+        path = tmp_path / "chats.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in chats("prompt, completion", 12)))
+        trainer = entry("sft", train=texts).build(tmp_path)
+        settings = config(prompts={"source": "named", "path": str(path)})
+    else:
+        trainer, settings = entry("grpo", train=lambda: chats("prompt")).build(tmp_path), config()
+    with pytest.raises(PromptError) as refusal:
+        attach(trainer, settings)
+    (line,) = str(refusal.value).splitlines()
+    assert "no chat template" in line and ("chats.jsonl, line 1:" if interp else "train_dataset, row ") in line
+
+
+# -- tokenizers, caches, how data is fed -------------------------------------------------------------------------------
+
+
+def pad_is_end() -> Any:
+    encode = tokenizer()
+    encode.pad_token = encode.eos_token
+    return encode
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tokenizer_that_pads_with_its_end_token(name: str, tmp_path: Path) -> None:
+    """Padding is what the attention mask says, so the readings are those of a tokenizer with a padding token."""
+    other = run(entry(name, train=DATA[name]), tmp_path / "other", {}, config())["handle"]
+    handle = same_with_and_without(entry(name, train=DATA[name], encode=pad_is_end), tmp_path, {})
+    start, expected = (h.callback._run.baseline.start.means for h in (handle, other))
+    assert handle.callback._plan.pad_token_id == 2 != other.callback._plan.pad_token_id
+    for hookpoint, means in start.items():
+        torch.testing.assert_close(means, expected[hookpoint], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_stays_switched_on(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    made: list[Any] = []
+
+    def caching() -> Any:
+        made.append(causal_lm())
+        made[-1].config.use_cache = made[-1].generation_config.use_cache = True
+        return made[-1]
+
+    trainer = entry(name, train=DATA[name], model=caching)
+    same_with_and_without(trainer, tmp_path, {"gradient_checkpointing": checkpointing})
+    bare, attached = made
+    assert bare.config.to_dict() == attached.config.to_dict()
+    assert bare.generation_config.to_dict() == attached.generation_config.to_dict()
+    assert bare.config.use_cache is attached.config.use_cache
+
+
+FEEDS: dict[str, dict[str, Any]] = {
+    "grouped by length": {"train_sampling_strategy": "group_by_length"},
+    "a worker": {"dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_how_data_is_fed(feed: str, tmp_path: Path) -> None:
+    same_with_and_without(entry("sft", train=texts, evaluation=lambda: texts(16)), tmp_path, FEEDS[feed])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_evaluation_sets(name: str, tmp_path: Path) -> None:
+    """Texts are drawn from the first, rows say so, and each set's own log row stays without ours."""
+    sets = {"first": DATA[name](48).select(range(12, 48)), "second": DATA[name](16)}
+    trainer = entry(name, train=DATA[name], evaluation=lambda: dict(sets))
+    handle = same_with_and_without(trainer, tmp_path, {})
+    assert set(handle.timeline().source) == {"evaluation"}
+    audit = handle.callback._plan.audit
+    assert audit.name == "eval_dataset['first']" and len(audit.prompts) == 16
+    decode = tokenizer().decode
+    firsts = [row.get("prompt", row.get("text")) for row in sets["first"]]
+    assert all(any(decode(p.input_ids).startswith(text) for text in firsts) for p in audit.prompts)
+    log = handle._trainer.state.log_history
+    assert {key for row in log for key in row} >= {"eval_first_loss", "eval_second_loss"}
+    assert not [row for row in log if any(k.startswith("eval_") for k in row) and any("interp/" in k for k in row)]
