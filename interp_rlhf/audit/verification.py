@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_rlhf.audit.layout import SNAPSHOTS, TEXTS, TIMELINE, find_run, parse_run_file_name, read_run_file
+from interp_rlhf.audit.layout import (
+    SNAPSHOTS,
+    TEXTS,
+    TIMELINE,
+    checkpoint_folders,
+    find_run,
+    parse_run_file_name,
+    read_run_file,
+)
 from interp_rlhf.audit.sealing import is_leftover, safe_name, safe_relative, sha256_bytes, sha256_file
 from interp_rlhf.audit.snapshots import MANIFEST, ROWS, TENSORS, Snapshot, describe, holds, parse_name
 from interp_rlhf.audit.timeline import GENESIS, Scan, live_limits, scan_timeline, segments_of
@@ -76,8 +84,7 @@ def verify_run(path: str | Path, *, head: str | None = None) -> Verification:
         FormatError: there is no run at ``path``.
     """
     folder = find_run(path)
-    timeline = folder / TIMELINE
-    data = timeline.read_bytes()
+    data = (folder / TIMELINE).read_bytes()
     scan = scan_timeline(data, TIMELINE)
     events = [record for record in scan.records if "event" in record]
     snapshots, damaged = _load(folder)
@@ -216,16 +223,14 @@ def _check_timeline(scan: Scan, data: bytes) -> Iterator[Finding]:
 def _check_declared(folder: Path, events: Iterable[Mapping[str, Any]]) -> Iterator[Finding]:
     """Every file that an event seals is there, unchanged."""
     for event in events:
-        name = event.get("file")
-        if name is None:
+        if event.get("file") is None:
             continue
+        name = str(event["file"])
+        file = f"interp/{ascii(name)[1:-1][:80]}"
         try:
-            file = f"interp/{safe_relative(str(name))}"
-            yield _compare(file, sha256_file(folder / str(name)), event.get("sha256"))
+            yield _compare(file, sha256_file(folder / safe_relative(name)), event.get("sha256"))
         except FormatError as error:
-            yield _failure(
-                f"interp/{ascii(str(name))[1:81]}", str(error), f"the file the timeline tells of ({event['event']})"
-            )
+            yield _failure(file, str(error), f"the file the timeline tells of ({event['event']})")
 
 
 def _check_run_files(folder: Path, events: Iterable[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -278,9 +283,8 @@ def _check_payloads(snapshot: Snapshot, place: Path, file: str, *, pruned: froze
     here = Snapshot(place, snapshot.segment, snapshot.step, None, None, snapshot.digest, snapshot.manifest)
     for name in snapshot.manifest["files"]:
         if name == TENSORS and snapshot.name in pruned and not (place / TENSORS).exists():
-            yield Finding(
-                "note", f"{file}/{name}", "no tensors", "none: removed by retention, as a later snapshot declares"
-            )
+            expected = "none: removed by retention, as a later snapshot declares"
+            yield Finding("note", f"{file}/{name}", "no tensors", expected)
             continue
         try:
             here.payload(name)
@@ -290,11 +294,8 @@ def _check_payloads(snapshot: Snapshot, place: Path, file: str, *, pruned: froze
                 wrong = sorted(set(found) ^ set(snapshot.manifest["tensors"])) or [
                     key for key, value in found.items() if value != snapshot.manifest["tensors"][key]
                 ]
-                yield (
-                    _failure(f"{file}/{name}", f"another tensor {wrong[0]!a}", MANIFEST)
-                    if wrong
-                    else _ok(file, "tensors")
-                )
+                changed = _failure(f"{file}/{name}", f"another tensor {wrong[0]!a}", MANIFEST) if wrong else None
+                yield changed or _ok(file, "tensors")
         except FormatError as error:
             yield _failure(f"{file}/{name}", str(error), "the file as written")
 
@@ -317,13 +318,27 @@ def _check_checkpoints(
             yield Finding("note", folder, text, f"those of {other.name}, which cannot be checked any more")
         checkpoint = output / safe_name(folder)
         if not checkpoint.is_dir():
-            yield Finding(
-                "note", folder, "no folder: rotated away", f"the weights of {snapshot.name}, not checkable now"
-            )
+            expected = f"the weights of {snapshot.name}, not checkable now"
+            yield Finding("note", folder, "no folder: rotated away", expected)
             continue
         live = snapshot.step <= limits.get(snapshot.segment, -1)
         yield from _check_weights(checkpoint, snapshot, "failure" if live else "warning")
         yield from _check_copy(checkpoint, snapshot, earlier)
+    for checkpoint in checkpoint_folders(output):
+        if checkpoint.name not in owners and (checkpoint / COPY).is_dir():
+            yield _check_stranger(checkpoint, snapshots)
+
+
+def _check_stranger(checkpoint: Path, snapshots: Iterable[Snapshot]) -> Finding:
+    """A copy of a snapshot that is not here: of another run, or one that was cut off this one."""
+    file, expected = f"{checkpoint.name}/{COPY}", "a copy of a snapshot of this run"
+    try:
+        found = Snapshot.load(checkpoint / COPY)
+    except FormatError as error:
+        return Finding("warning", file, str(error), expected)
+    if any(snapshot.digest == found.parent_hash for snapshot in snapshots):
+        return _failure(file, f"{found.name}, which follows {found.parent} and was removed here", expected)
+    return Finding("warning", file, f"{found.name} of another run", expected)
 
 
 def _check_weights(checkpoint: Path, snapshot: Snapshot, severity: Severity) -> Iterator[Finding]:

@@ -42,7 +42,9 @@ def test_a_snapshot_whose_writer_failed_halfway(
         with pytest.raises(Failed):
             measure(store, 20, keep=1)
     assert main(["verify", str(tmp_path)]) == 0, "before the next start, too"
-    resume(tmp_path, 20, (30,))
+    store = resume(tmp_path, 20)
+    assert with_tensors(tmp_path) == [0, 20]
+    measure(store, 30)
     told = [event["snapshot"] for event in load_run(tmp_path).events if event["event"] == "snapshot"]
     assert told == ["01-step-000000", "01-step-000010", "01-step-000020", "02-step-000030"]
     copy, snapshot = tmp_path / "checkpoint-20" / "interp", tmp_path / "interp" / "snapshots" / "01-step-000020"
