@@ -6,13 +6,14 @@ of one kind share a direction, so a difference in means does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from trainers.table import SPECIAL, arguments, config
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from interp_rlhf import Direction, attach
 
@@ -21,13 +22,22 @@ WORDS = [f"{kind}{i}" for kind in "ab" for i in range(PAIRS * LENGTH)]
 PLANTED, SAVED = "chosen_minus_rejected", "saved <direction> & co"
 
 
-def planted_run(folder: Path, **changes: Any) -> tuple[Any, Any]:
+def planted_run(
+    folder: Path,
+    *,
+    gpt2: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    interp: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[Any, Any]:
     """Train ten steps into ``folder``; gives the trainer and its handle. One concept has pairs, one is from a file."""
     from trl import DPOConfig, DPOTrainer
 
     folder.mkdir(parents=True, exist_ok=True)
     Direction(SAVED, "layers.2.resid_post", torch.arange(32) - 8.0).save(folder.parent / "saved.safetensors")
-    model = LlamaForCausalLM(_config())
+    torch.manual_seed(0)
+    kind, settings = (GPT2LMHeadModel, _gpt2_config()) if gpt2 else (LlamaForCausalLM, _config())
+    model = kind(settings)
     generator = torch.Generator().manual_seed(3)
     shift = torch.randn(32, generator=generator)
     with torch.no_grad():
@@ -37,8 +47,8 @@ def planted_run(folder: Path, **changes: Any) -> tuple[Any, Any]:
     model.save_pretrained(folder.parent / "model")
     args = DPOConfig(**{**arguments(folder, max_length=32, max_steps=10, learning_rate=5e-3), **changes})
     trainer = DPOTrainer(
-        LlamaForCausalLM.from_pretrained(folder.parent / "model"), args=args, train_dataset=_pairs(),
-        processing_class=_tokenizer(),
+        kind.from_pretrained(folder.parent / "model"), args=args, train_dataset=_pairs(),
+        processing_class=_tokenizer(), callbacks=list(callbacks),
     )  # fmt: skip
     handle = attach(
         trainer,
@@ -48,14 +58,22 @@ def planted_run(folder: Path, **changes: Any) -> tuple[Any, Any]:
             "schedule": {"every": 5},
             "statistics": {"bootstrap": 200, "directions": 200},
             "on_error": "raise",
+            **(interp or {}),
         },
     )
     trainer.train()
     return trainer, handle
 
 
+def _gpt2_config() -> GPT2Config:
+    """Blocks with biases: what is added to the last of a block moves its output by just that."""
+    return GPT2Config(
+        vocab_size=len(SPECIAL) + len(WORDS), n_embd=32, n_layer=3, n_head=4, n_positions=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
 def _config() -> Any:
-    torch.manual_seed(0)
     made = config()
     made.vocab_size = len(SPECIAL) + len(WORDS)
     return made
