@@ -33,8 +33,9 @@ from interp_rlhf.audit.timeline import TimelineWriter
 # -- the same folder again ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo"])
-@pytest.mark.parametrize("again", ["the same trainer", "a new trainer"])
+@pytest.mark.parametrize(
+    ("name", "again"), [("dpo", "the same trainer"), ("grpo", "the same trainer"), ("dpo", "a new trainer")]
+)
 def test_a_second_run_in_the_same_folder(name: str, again: str, tmp_path: Path) -> None:
     """A segment of its own with a start of its own; of the first run nothing is written over."""
     folder, config = tmp_path / "run", small(tmp_path / "run")
@@ -46,12 +47,11 @@ def test_a_second_run_in_the_same_folder(name: str, again: str, tmp_path: Path) 
         if path.is_file() and path.name != "timeline.jsonl"
     }
     timeline = (folder / "interp" / "timeline.jsonl").read_bytes()
+    keeps = Keeps()
     if again == "the same trainer":
-        keeps = Keeps()
         trainer.add_callback(keeps)
         trainer.train()
     else:
-        keeps = Keeps()
         trainer, handle = train(name, folder, config, max_steps=4, callbacks=[keeps])
     assert all(path.read_bytes() == data for path, data in kept.items())
     assert (folder / "interp" / "timeline.jsonl").read_bytes().startswith(timeline)
@@ -303,8 +303,9 @@ class Poison(TrainerCallback):
             self.weight.data.copy_(self.kept)
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo"])
-@pytest.mark.parametrize("what", ["weights that are not finite", "an error inside the reading"])
+@pytest.mark.parametrize(
+    ("what", "name"), [("weights that are not finite", "grpo"), ("an error inside the reading", "dpo")]
+)
 def test_a_failed_measurement_costs_its_rows_only(
     what: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -320,7 +321,6 @@ def test_a_failed_measurement_costs_its_rows_only(
         )  # fmt: skip
     assert_same_training(bare, attached)
     assert states == random_states()
-    assert not any(m.training is False for m in attached.model.modules()) or name == "grpo"
     assert steps_of(handle) == [0, 2, 4, 6, 8] and sorted(interp_log(attached)) == [6, 8]
     failures = [e for e in load_run(tmp_path / "run").events if e["event"] == "failure"]
     assert [(e["step"], e["what"]) for e in failures] == [(3, "a measurement")]

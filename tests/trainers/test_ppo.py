@@ -34,9 +34,7 @@ def test_ppo(tmp_path: Path) -> None:
     assert steps_of(handle) == [0, 3, 4] and set(run.timeline().segment) == {1, 2}
     assert verify(folder) == 0
     handle.detach()
-    after = outside(
-        trainer
-    )  # its attributes have moved on, and transformers has left hooks of its own for hidden states
+    after = outside(trainer)  # but for its attributes, and hooks that transformers installs to return hidden states
     assert (after[0], after[2], after[4]) == (before[0], before[2], before[4])
     trainer.train()
     assert len(load_run(folder).segments) == 2
