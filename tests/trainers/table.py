@@ -64,8 +64,9 @@ def saved_model(seed: int) -> Path:
     """A tiny random Llama on disk: without an adapter TRL loads its reference model from the policy's own path."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-llama-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config()).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):  # the first call leaves the caller's random state as the later ones do
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config()).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
