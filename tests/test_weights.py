@@ -45,7 +45,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ZeRO 3, adapter": ((*ADAPTER, *MODEL_STATES), OPTIMIZER_SHARDS),
     "ZeRO 3, not gathered": ((*MODEL_STATES, *OPTIMIZER_SHARDS), ()),
     "FSDP, sharded": (
-        ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp"), (),
+        tuple(f"pytorch_model_fsdp_0/{name}" for name in (".metadata", "__0_0.distcp", "__1_0.distcp")), (),
     ),
     "FSDP, one file": (("pytorch_model_fsdp.bin",), ()),
     "none": ((), ()),
