@@ -82,7 +82,18 @@ def find_peft(model: nn.Module) -> PeftModel | None:
 
 @contextmanager
 def _adapter_off(peft_model: PeftModel) -> Iterator[nn.Module]:
-    """Base weights only. Which parameters require gradients is put back exactly: PEFT's own switch re-enables all."""
+    """Base weights only. Which parameters require gradients is put back exactly: PEFT's own switch re-enables all.
+
+    A merged adapter is refused: PEFT would unmerge it on the way, and the weights would no longer be what they were.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = ((name, module) for name, module in peft_model.named_modules() if isinstance(module, BaseTunerLayer))
+    merged = next((name for name, layer in layers if layer.merged), None)
+    if merged is not None:
+        raise ReferenceMismatch(
+            f"reference: adapter: found merged into the weights at {merged}, expected an adapter apart from them"
+        )
     trainable = {name: p.requires_grad for name, p in peft_model.named_parameters()}
     try:
         with peft_model.disable_adapter():

@@ -62,4 +62,4 @@ def _parts(name: str, output_dir: Path, changes: dict[str, Any]) -> tuple[type, 
     if name == "sft":
         return trl.SFTTrainer, trl.SFTConfig(**{"max_length": 48, **settings}), {}
     generation = {"num_generations": 2, "max_completion_length": 6, "beta": 0.04}
-    return trl.GRPOTrainer, trl.GRPOConfig(**generation, **settings), {"reward_funcs": letters}
+    return trl.GRPOTrainer, trl.GRPOConfig(**{**generation, **settings}), {"reward_funcs": letters}
