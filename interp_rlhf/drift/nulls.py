@@ -152,13 +152,14 @@ def numeric_band(at_rest: float, readings: Float[Tensor, " n"]) -> tuple[float, 
             the single value of the statistic itself.
 
     Returns:
-        ``(at_rest − m, at_rest + m)`` with ``m = max |readings − at_rest|``, holding every reading despite rounding.
+        ``(at_rest − m, at_rest + m)``, holding every reading despite rounding. ``m = max |readings − at_rest|``, but at
+        least one float32 rounding of the value: readings have no more digits, and two passes may agree by luck.
 
     >>> numeric_band(1.0, torch.tensor([1.25, 0.5]))
     (0.5, 1.5)
     """
     values = finite(readings, "numeric floor").double()
-    half = float((values - at_rest).abs().max())
+    half = max(float((values - at_rest).abs().max()), torch.finfo(torch.float32).eps * max(1.0, abs(at_rest)))
     return min(at_rest - half, float(values.min())), max(at_rest + half, float(values.max()))
 
 
