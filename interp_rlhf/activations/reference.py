@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from interp_rlhf.activations.hookpoints import unwrap_model
+from interp_rlhf.activations.hookpoints import unwrap_model, wrappers
 from interp_rlhf.errors import ReferenceMismatch
 
 if TYPE_CHECKING:
@@ -68,16 +68,26 @@ def find_reference(kind: str, policy: nn.Module, ref_model: nn.Module | None) ->
         if ref_model is None:
             raise ReferenceMismatch("reference: ref_model: the trainer has no reference model, found none")
         return Reference("ref_model", ref_model)
-    frozen = copy.deepcopy(unwrap_model(policy)).eval().requires_grad_(False)
-    return Reference("copy", frozen)
+    return Reference("copy", _frozen_copy(find_peft(policy) or unwrap_model(policy)))
 
 
 def find_peft(model: nn.Module) -> PeftModel | None:
-    """The PEFT model around or inside ``model``, found by its ``disable_adapter``; ``None`` where there is none."""
-    for module in model.modules():
+    """The PEFT model around the policy, which its ``disable_adapter`` tells; ``None`` where there is none."""
+    for module in wrappers(model):
         if hasattr(module, "disable_adapter") and hasattr(module, "peft_config"):
             return cast("PeftModel", module)
     return None
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy with its adapter (a learned prompt lies outside the model) and with the ``forward`` of each class.
+
+    Trainers and accelerate replace ``forward`` on the instance by functions that go on calling the original.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in frozen.modules():
+        vars(module).pop("forward", None)
+    return frozen
 
 
 @contextmanager

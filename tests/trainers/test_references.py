@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from trainers.comparing import assert_same, run
 from trainers.own_data import entry
@@ -23,6 +23,7 @@ from trainers.tiny_runs import HOOKPOINTS, direct_means, live, small
 from transformers import TrainerCallback
 
 from interp_rlhf import InterpError, attach
+from interp_rlhf.activations.reference import find_reference
 from interp_rlhf.errors import ReferenceMismatch
 
 DATA = {"dpo": preferences, "sft": texts, "grpo": prompts}
@@ -47,6 +48,18 @@ def refusal(trainer: Any, folder: Path, kind: str) -> float:
     found = re.match(REFUSED.format(kind=kind), line)
     assert found is not None, line
     return float(found[1])
+
+
+def same_rows_as_cached(trainer: Any, folder: Path, settings: dict[str, Any], kind: str) -> pd.DataFrame:
+    """Train twice, with cached readings and with another reference; gives the rows, which are equal bit by bit."""
+    cached = run(trainer, folder / "a" / "run", settings, small(folder / "a" / "run", reference="cached"))
+    other = run(trainer, folder / "b" / "run", settings, small(folder / "b" / "run", reference=kind))
+    assert other["handle"].callback._run.reference.kind == kind
+    assert_same(cached, other)
+    expected, found = rows_of(cached["handle"]), rows_of(other["handle"])
+    pd.testing.assert_frame_equal(numbers(found), numbers(expected), check_exact=True)
+    assert sorted({step for *_, step in found.index})[-1] == other["handle"]._trainer.state.max_steps
+    return expected
 
 
 # -- the start itself --------------------------------------------------------------------------------------------------
@@ -80,13 +93,7 @@ def test_every_kind_gives_the_rows_of_cached_readings(
     if not trainer.available:
         pytest.skip("TRL has no PPO from 1.13 on")
     settings = {"learning_rate": 1e-2, **settings}
-    cached = run(trainer, tmp_path / "a" / "run", settings, small(tmp_path / "a" / "run", reference="cached"))
-    other = run(trainer, tmp_path / "b" / "run", settings, small(tmp_path / "b" / "run", reference=kind))
-    assert other["handle"].callback._run.reference.kind == kind
-    assert_same(cached, other)
-    expected, found = rows_of(cached["handle"]), rows_of(other["handle"])
-    pd.testing.assert_frame_equal(numbers(found), numbers(expected), check_exact=True)
-    assert sorted({step for *_, step in found.index})[-1] == 6
+    expected = same_rows_as_cached(trainer, tmp_path, settings, kind)
     moved = expected.loc["representation/cosine"].xs(6, level="step").value
     assert (moved < 1 - 1e-6).any(), "the weights did move, so a reference that follows them would be seen"
 
@@ -274,13 +281,7 @@ def test_modules_that_an_adapter_saves_are_switched_off_with_it(tmp_path: Path) 
         return LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
 
     trainer = entry("dpo", train=preferences, peft_config=whole_head)
-    settings = {"learning_rate": 1e-2}
-    cached = run(trainer, tmp_path / "a" / "run", settings, small(tmp_path / "a" / "run", reference="cached"))
-    other = run(trainer, tmp_path / "b" / "run", settings, small(tmp_path / "b" / "run", reference="adapter"))
-    assert_same(cached, other)
-    pd.testing.assert_frame_equal(
-        numbers(rows_of(other["handle"])), numbers(rows_of(cached["handle"])), check_exact=True
-    )
+    same_rows_as_cached(trainer, tmp_path, {"learning_rate": 1e-2}, "adapter")
 
 
 class Moves(TrainerCallback):
@@ -293,6 +294,32 @@ class Moves(TrainerCallback):
         if state.global_step == state.max_steps:
             with torch.no_grad():
                 self.move(kwargs["model"])
+
+
+def soft_prompt(kind: str) -> PeftConfig:
+    config = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
+    return config(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_copy_takes_a_learned_prompt_along_and_switching_it_off_is_not_the_start(kind: str, tmp_path: Path) -> None:
+    trainer = entry("sft", train=texts, peft_config=lambda: soft_prompt(kind))
+    same_rows_as_cached(trainer, tmp_path, {"learning_rate": 1e-2}, "copy")
+    folder = tmp_path / "adapter" / "run"
+    assert refusal(trainer.build(folder), folder, "adapter") > 1e-2
+
+
+def test_an_adapter_of_the_value_model_is_not_the_policys(tmp_path: Path) -> None:
+    class PolicyAndValue(nn.Module):
+        """What TRL's PPO trains: two models in one, the value model first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.value_model = get_peft_model(causal_lm(1), lora())
+            self.policy = causal_lm()
+
+    with pytest.raises(ReferenceMismatch, match="no PEFT adapter"):
+        find_reference("adapter", PolicyAndValue(), None)
 
 
 def test_an_adapter_that_is_merged_later_is_refused_and_stays_merged(tmp_path: Path) -> None:
