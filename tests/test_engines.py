@@ -191,6 +191,18 @@ def test_prompt_learning_is_aligned_on_the_texts_own_tokens(kind: str) -> None:
     assert float(read(model).log_probs[0]) == pytest.approx(float(expected), abs=1e-4)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("kind", ["none", "prompt", "prefix"])
+def test_the_padding_side_changes_no_reading(kind: str) -> None:
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    model: Any = make_model("llama")
+    if kind != "none":
+        config = PromptTuningConfig if kind == "prompt" else PrefixTuningConfig
+        model = get_peft_model(model, config(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    assert len({len(prompt.input_ids) for prompt in make_prompts()}) > 1  # some are padded
+    assert_same(read(model, side="left", longest_first=False), read(model), exactly=False)
+
+
 def test_trls_value_head_model() -> None:
     heads = pytest.importorskip("trl.experimental.ppo", reason="this TRL has no PPO (removed in 1.13)")
     model = make_model("gpt2")

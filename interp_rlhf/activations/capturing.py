@@ -280,7 +280,8 @@ def read_prompts(
         prompts: the texts.
         hookpoints: where to read; may be empty with ``log_probs``.
         batch_size, pad_token_id, tokens, skip_ids, side, longest_first: see
-            :func:`~interp_rlhf.activations.prompts.batches`.
+            :func:`~interp_rlhf.activations.prompts.batches`. With a prompt-learning adapter texts are always padded on
+            the right.
         log_probs: also score the completions.
         layers: path of the decoder layers, for architectures that are not recognised.
 
@@ -306,7 +307,7 @@ def read_prompts(
             pad_token_id=pad_token_id,
             tokens=tokens,
             skip_ids=skip_ids,
-            side=side,
+            side=side if engine.pads_left else "right",
             longest_first=longest_first,
         ):
             rows.extend(batch.rows)

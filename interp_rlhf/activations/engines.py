@@ -29,6 +29,8 @@ class Engine:
         device: where inputs go.
         options: further arguments of the call.
         takes_positions: whether ``position_ids`` may be passed (models with ALiBi take none).
+        pads_left: whether padding on the left changes nothing: PEFT drops ``position_ids`` where it adds virtual
+            tokens, so that padding between those and the text would move the text away from them.
     """
 
     call: nn.Module
@@ -37,6 +39,7 @@ class Engine:
     device: torch.device
     options: Mapping[str, Any]
     takes_positions: bool
+    pads_left: bool
 
     def run(self, inputs: Mapping[str, Tensor]) -> None:
         """One forward pass over ``input_ids``, ``attention_mask`` and ``position_ids``, each ``[B, T]``."""
@@ -69,6 +72,7 @@ def find_engine(model: nn.Module, parts: ModelLayout) -> Engine:
         device=next(parts.causal_lm.parameters()).device,
         options={"logits_to_keep": 1} if "logits_to_keep" in taken else {},
         takes_positions="position_ids" in taken and prompted is None,
+        pads_left=prompted is None,
     )
 
 
