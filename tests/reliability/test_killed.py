@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from reliability.forking import Forks, forks
-from reliability.writing import EVERY, complete_checkpoints, go_on
-from stored_runs import stored_run
+from reliability.writing import EVERY, complete_checkpoints
+from stored_runs import INFO, checkpoint, row, stored_run, tensors
 
 from interp_rlhf import FormatError, Snapshot, load_run
-from interp_rlhf.audit.store import Run
+from interp_rlhf.audit.store import Run, RunStore
+from interp_rlhf.audit.timeline import TimelineWriter
 from interp_rlhf.audit.verification import verify_run
 from interp_rlhf.cli import main
 
@@ -100,8 +101,10 @@ def test_before_every_change_of_a_first_run(children: Forks, tmp_path: Path) -> 
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert children.run("go_on", str(folder), newest(folder), 20) == 0
-        check_finished(folder, 20)
+        begun = newest(folder)
+        last = (begun or 0) + EVERY
+        assert children.run("go_on", str(folder), begun, last) == 0
+        check_finished(folder, last)
         assert not verify_run(folder).problems
     assert 40 < n < 199
 
@@ -117,8 +120,9 @@ def test_before_every_change_of_a_resumed_run(begun: int, children: Forks, tmp_p
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert children.run("go_on", str(folder), newest(folder), 40) == 0
-        check_finished(folder, 40)
+        last = newest(folder) + EVERY
+        assert children.run("go_on", str(folder), newest(folder), last) == 0
+        check_finished(folder, last)
         kept = sorted(path.parent.name for path in folder.glob("interp/snapshots/*/tensors.safetensors"))
         assert len(kept) == 3 and kept[0] == "01-step-000000", "whoever was killed, its pruning was finished"
         overwritten = () if begun == 20 else ("checkpoint-20/model.safetensors", "checkpoint-20/adapter_config.json")
@@ -127,12 +131,16 @@ def test_before_every_change_of_a_resumed_run(begun: int, children: Forks, tmp_p
 
 
 def test_again_and_again_while_repairing(children: Forks, tmp_path: Path) -> None:
-    """Each start dies one call later than the one before, in the same folder."""
+    """Each start dies one call later than the one before, in the same folder; no torn line is ever lost."""
     stored_run(tmp_path, (0, 10), keep=2)
     for n in range(1, 200):
         begun = newest(tmp_path)
+        with open(tmp_path / "interp" / "timeline.jsonl", "ab") as timeline:
+            timeline.write(b'{"half":%03d' % n)
         code = children.run("die_at", n, str(tmp_path), begun, begun + EVERY)
         check_readable(tmp_path)
+        kept = b"".join(path.read_bytes() for path in (tmp_path / "interp").glob("timeline*"))
+        assert all(b'{"half":%03d' % number in kept for number in range(1, n + 1))
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -181,34 +189,54 @@ def test_at_random_moments(seed: int, children: Forks, tmp_path: Path) -> None:
 # -- when the power is cut ---------------------------------------------------------------------------------------------
 
 
-def test_what_was_told_of_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the folder as of the last flush of each file and folder, nothing is missing once the writer is done."""
-    files: dict[int, bytes] = {}
-    folders: dict[int, dict[str, int]] = {}
-    real = os.fsync
+class Disk:
+    """What a power cut would leave: each file and each folder as of its last flush."""
 
-    def fsync(descriptor: int) -> None:
-        place, number = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_ino
-        if place.is_dir():
-            folders[number] = {path.name: path.stat().st_ino for path in place.iterdir()}
-        else:
-            files[number] = place.read_bytes()
-        real(descriptor)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files: dict[int, bytes] = {}
+        self.folders: dict[int, dict[str, int]] = {}
+        real = os.fsync
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    go_on(str(tmp_path), None, 40)
-    with open(tmp_path / "interp" / "timeline.jsonl", "ab") as torn:
-        torn.write(b'{"half')
-    go_on(str(tmp_path), 40, 50)
+        def fsync(descriptor: int) -> None:
+            place, number = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_ino
+            if place.is_dir():
+                self.folders[number] = {path.name: path.stat().st_ino for path in place.iterdir()}
+            else:
+                self.files[number] = place.read_bytes()
+            real(descriptor)
 
-    ours = [tmp_path / name for name in ("interp", "_interp", "checkpoint-50/interp")]
-    everything = [*ours, *(path for folder in ours for path in folder.rglob("*"))]
-    assert len(everything) > 20
-    for path in everything:
-        number = path.stat().st_ino
-        assert folders.get(path.parent.stat().st_ino, {}).get(path.name) == number, f"{path}: its name"
-        if path.is_file():
-            assert files.get(number) == path.read_bytes(), f"{path}: its bytes"
-    for number, names in folders.items():  # what was removed does not come back
-        place = next((path for path in everything if path.is_dir() and path.stat().st_ino == number), None)
-        assert place is None or set(names) == {path.name for path in place.iterdir()}, place
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    def check(self, *places: Path) -> None:
+        """Everything at and below the places is on disk, and nothing that was removed comes back."""
+        for path in [found for place in places for found in (place, *place.rglob("*"))]:
+            number = path.stat().st_ino
+            assert self.folders.get(path.parent.stat().st_ino, {}).get(path.name) == number, f"{path}: its name"
+            if path.is_file():
+                assert self.files.get(number) == path.read_bytes(), f"{path}: its bytes"
+            elif number in self.folders or any(path.iterdir()):
+                assert set(self.folders[number]) == {inside.name for inside in path.iterdir()}, path
+
+
+def test_when_a_call_returns_its_files_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, ours = Disk(monkeypatch), tmp_path / "interp"
+    for begun in (None, 20, 40):
+        store = RunStore(tmp_path)
+        store.start(INFO, resumed_from=begun)
+        disk.check(ours)
+        for step in (0 if begun is None else begun + 10, (begun or 0) + 20):
+            store.append([row(store.segment, step)])
+            disk.check(ours)
+            saved = checkpoint(tmp_path, step)
+            store.snapshot(step, [], tensors(step), checkpoint=saved, keep=1)
+            disk.check(ours, saved / "interp")
+        store.texts("texts", [{"id": "a", "text": "Is it so?"}])
+        disk.check(ours, tmp_path / "_interp")
+        with open(ours / "timeline.jsonl", "ab") as torn:
+            torn.write(b'{"half')
+        (ours / f".interp-{2**31 - 2}-{'0' * 32}").mkdir()
+
+    (tmp_path / "alone").mkdir()
+    os.fsync(os.open(tmp_path, os.O_RDONLY))
+    TimelineWriter(tmp_path / "alone" / "timeline.jsonl").append([row(1, 0)])
+    disk.check(tmp_path / "alone")

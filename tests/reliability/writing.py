@@ -34,20 +34,31 @@ def go_on(folder: str, resumed_from: int | None, last: int) -> None:
 
 
 def die_at(n: int, folder: str, resumed_from: int | None, last: int) -> None:
-    """As :func:`go_on`, killed right before the ``n``-th call that changes the disk."""
-    count = itertools.count(1)
+    """As :func:`go_on`, killed before the ``n``-th call that changes the disk, or between a file and its bytes."""
+    calls = itertools.count(1)
 
-    def counted(real: Callable[..., Any], counts: Callable[..., bool]) -> Callable[..., Any]:
+    def tick() -> None:
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*words: Any, **named: Any) -> Any:
-            if counts(*words, **named) and next(count) == n:
-                os.kill(os.getpid(), signal.SIGKILL)
+            tick()
             return real(*words, **named)
 
         return call
 
+    def opening(file: Any, mode: str = "r", *words: Any, **named: Any) -> Any:
+        if mode.startswith("r"):
+            return real_open(file, mode, *words, **named)
+        tick()
+        opened = real_open(file, mode, *words, **named)
+        tick()
+        return opened
+
     for name in CALLS:
-        setattr(os, name, counted(getattr(os, name), lambda *words, **named: True))
-    opening = counted(io.open, lambda file, mode="r", *words, **named: not mode.startswith("r"))
+        setattr(os, name, counted(getattr(os, name)))
+    real_open = io.open
     builtins.open = io.open = opening  # pathlib calls the second one
     go_on(folder, resumed_from, last)
 
