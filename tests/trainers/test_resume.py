@@ -253,13 +253,15 @@ def test_a_copy_as_reference_does_not_outlive_its_process(
     assert_rows_equal(live(handle.timeline()), stopped["whole"])
 
 
-def test_no_step_left(stopped: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
-    """Resumed at its end: transformers still does one step; nothing fails and nothing is counted twice."""
-    folder = stopped["folder"]
-    trainer, handle = train("dpo", folder, stopped["config"], resume=folder / "checkpoint-4", max_steps=4)
-    steps = sorted(handle.timeline().step.unique())
-    assert steps[-1] == trainer.state.global_step
-    live(handle.timeline())
+@pytest.mark.parametrize(("batch", "done"), [(2, [4, 5]), (12, [4])], ids=["within an epoch", "at its end"])
+def test_no_step_left(batch: int, done: list[int], tmp_path: Path) -> None:
+    """Resumed at its last step: within an epoch transformers still does one more, at an epoch's end none."""
+    folder, length = tmp_path / "run", {"max_steps": 4, "per_device_train_batch_size": batch}
+    train("dpo", folder, small(folder), **length)
+    trainer, handle = train("dpo", folder, small(folder), resume=folder / "checkpoint-4", **length)
+    assert trainer.state.global_step == done[-1]
+    assert sorted(set(live(handle.timeline()).index.get_level_values("step"))) == [0, 2, 3, *done]
+    assert [s.step for s in load_run(folder).snapshots] == [0, 2, *done]
     assert verify(folder) == 0
 
 
