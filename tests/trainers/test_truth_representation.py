@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,16 @@ def test_a_plane_has_rank_two_at_most(tmp_path: Path) -> None:
     assert found["effective_rank"] <= 2 < start["effective_rank"] / 2
 
 
+def hsic(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased, by its definition: the mean over all quadruples of prompts (Song et al. 2012, theorem 2)."""
+    k, m, n = x @ x.T, y @ y.T, len(x)
+    quadruples = np.array(list(permutations(range(n), 4))).T
+    i, j, q, r = quadruples
+    return float((k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q])).mean())
+
+
 def test_other_embeddings_are_unrelated(tmp_path: Path) -> None:
-    """Words that got the embeddings of others: prompts are arranged differently, so CKA is about 0, not about 1."""
+    """Words that got the embeddings of others: prompts are arranged differently, so CKA is far from 1."""
     order = torch.randperm(94, generator=torch.Generator().manual_seed(9))
     handle, _, found = trained(tmp_path / "run", lambda weight: weight[order])
     after = embeddings(handle)
@@ -117,7 +126,8 @@ def test_other_embeddings_are_unrelated(tmp_path: Path) -> None:
     lengths = np.linalg.norm(x0, axis=1), np.linalg.norm(xt, axis=1)
     assert found["cosine"] == pytest.approx(((x0 * xt).sum(1) / (lengths[0] * lengths[1])).mean(), abs=1e-5)
     assert found["norm_ratio"] == pytest.approx((lengths[1] / lengths[0]).mean(), abs=1e-5)
-    assert abs(found["cka"]) < 0.5
+    cka = hsic(x0, xt) / np.sqrt(hsic(x0, x0) * hsic(xt, xt))
+    assert found["cka"] == pytest.approx(cka, abs=1e-5) and cka < 0.5
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
