@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from interp_rlhf.activations.engines import unchanged_random_states
 from interp_rlhf.activations.reference import Reference, check_is_start, find_reference, reading_difference
+from interp_rlhf.audit.layout import check_folder
 from interp_rlhf.audit.store import Run, RunStore, load_run
 from interp_rlhf.audit.timeline import to_frame
 from interp_rlhf.baseline import (
@@ -39,7 +41,7 @@ from interp_rlhf.baseline import (
     reading_tensors,
     stored_readings,
 )
-from interp_rlhf.config import InterpConfig
+from interp_rlhf.config import SWITCH, InterpConfig, switched_off
 from interp_rlhf.distributed import World, barrier, join_world, run_on_main
 from interp_rlhf.errors import InterpError, MeasurementError
 from interp_rlhf.measurement import Measurement
@@ -120,7 +122,9 @@ class InterpCallback(TrainerCallback):
     ) -> Plan:
         """Plan the run. Raises :class:`InterpError` for wrong input, before anything has been trained."""
         find_reference("auto" if self.config.reference == "copy" else self.config.reference, model, ref_model)
-        plan = make_plan(self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_folder(args.output_dir)
+        with unchanged_random_states():
+            plan = make_plan(self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._plan, self._tokenizer, self._ref_model = plan, tokenizer, ref_model
         every, logging_steps = self.config.schedule.every, getattr(args, "logging_steps", 0) or 0
         if logging_steps >= 1 and every % int(logging_steps):
@@ -129,6 +133,9 @@ class InterpCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the segment and measure step 0 (or take its readings from disk when a run is resumed)."""
+        if switched_off():
+            print(f"interp_rlhf: off ({SWITCH}=off), nothing is measured")
+            return
         model = kwargs["model"]
         plan = self._plan or self._prepare_bare(args, model, kwargs)
         world, step = join_world(), state.global_step

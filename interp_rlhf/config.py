@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +19,9 @@ from interp_rlhf.errors import ConfigError
 _STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+#: Environment variable that keeps everything of ours out of a training when set to ``off``.
+SWITCH = "INTERP_RLHF"
 
 #: The packaged concept packs, in the order they are read.
 PACKS: tuple[str, ...] = ("sycophancy", "refusal", "hedging", "politeness", "sentiment", "formality", "verbosity")
@@ -98,6 +103,13 @@ class StatisticsConfig:
     confidence: Fraction = 0.95
     directions: Annotated[int, Field(ge=200)] = 256
     tolerance: Annotated[float, Field(ge=0)] = 0.1
+
+    def __post_init__(self) -> None:
+        if math.ceil(self.confidence * (self.directions + 1)) > self.directions:
+            needed = math.ceil(self.confidence / (1 - self.confidence))
+            raise ValueError(
+                f"confidence {self.confidence} needs at least {needed} directions, found {self.directions}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +228,18 @@ class InterpConfig:
     def as_mapping(self) -> dict[str, Any]:
         """The config as JSON-ready nested mappings; ``from_mapping`` of it gives an equal config."""
         return _adapter(type(self)).dump_python(self, mode="json")
+
+
+def switched_off() -> bool:
+    """Whether the environment says ``off``.
+
+    Raises:
+        ConfigError: the variable holds another word than ``on`` or ``off``.
+    """
+    word = os.environ.get(SWITCH, "").strip().lower()
+    if word not in ("", "on", "off"):
+        raise ConfigError(f"{SWITCH}: expected on or off in the environment, found {word!r}")
+    return word == "off"
 
 
 @cache

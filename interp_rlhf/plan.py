@@ -117,6 +117,8 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         concept, refusal = _pack_concept(name, config, tokenizer, limit)
         concepts += [concept] if concept else []
         refused += [refusal] if refusal else []
+    directions = _saved_directions(config, hookpoints, tree)
+    _check_names(concepts, directions)
     has_head = tree.causal_lm.get_output_embeddings() is not None
     if config.concepts.behaviour and not has_head:
         refused.append(Refusal("behaviour", "", f"{tree.architecture} has no language-model head to score texts with"))
@@ -124,7 +126,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         hookpoints=hookpoints,
         audit=_audit_prompts(config, data, tokenizer, limit, fitted=_fitted(concepts)),
         concepts=tuple(concepts),
-        directions=_saved_directions(config, hookpoints, tree),
+        directions=directions,
         refused=tuple(refused),
         pad_token_id=_pad_token(tokenizer),
         skip_ids=frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None),
@@ -224,6 +226,16 @@ def _pack_concept(
     if min(len(fit), len(held)) < 8:
         return None, Refusal(pack.name, "", f"only {len(pairs)} pairs fit into {limit} tokens, 16 are needed")
     return ConceptTexts(pack.name, "named", tuple(fit), tuple(held)), None
+
+
+def _check_names(concepts: Sequence[ConceptTexts], directions: Sequence[Direction]) -> None:
+    """Two readouts of one name at one hookpoint could not be told apart in any table."""
+    named = [concept.name for concept in concepts]
+    places = [(direction.name, direction.hookpoint) for direction in directions]
+    twice = [name for i, name in enumerate(named) if name in named[:i]]
+    twice += [name for i, (name, _) in enumerate(places) if name in named or places[i] in places[:i]]
+    if twice:
+        raise ConfigError(f"concepts: expected a name of its own for each pack and direction, found {twice[0]!r} twice")
 
 
 def _saved_directions(config: InterpConfig, hookpoints: Sequence[str], tree: ModelLayout) -> tuple[Direction, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from interp_rlhf.config import InterpConfig
 from interp_rlhf.errors import ConfigError
 
 
@@ -19,10 +21,18 @@ class InterpArguments:
         interp: a mapping of settings, a path of a YAML file, or a preset's name. ``None`` is the preset ``observe``.
     """
 
-    interp: str | None = field(
+    interp: str | None = field(  # a mapping under --config
         default=None,
         metadata={"help": "Measurements: a YAML file or a preset's name; in a YAML config also the block itself."},
     )
+
+    def __post_init__(self) -> None:
+        """A wrong block ends the program with one line and exit code 2, like a wrong argument."""
+        try:
+            InterpConfig.resolve(self.interp)
+        except ConfigError as error:
+            print(f"interp: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 def local_path(name: str | None, what: str) -> str:

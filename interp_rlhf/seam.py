@@ -6,13 +6,12 @@ Checked on TRL 1.12.0 and 1.16.0 with transformers 5.23.0. Only public names are
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from interp_rlhf.callback import InterpCallback
-from interp_rlhf.config import InterpConfig
+from interp_rlhf.config import SWITCH, InterpConfig, switched_off
 from interp_rlhf.errors import InterpError
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from interp_rlhf.report.tables import Summary
-
-#: Environment variable that turns ``attach`` into a no-op when set to ``off``.
-SWITCH = "INTERP_RLHF"
 
 Config = InterpConfig | Mapping[str, Any] | str | Path | None
 
@@ -40,8 +36,8 @@ class InterpMixin:
 
         The caller's mapping gets them only while it is being logged: what ``train()`` returns stays the trainer's own.
         """
-        handle = self.__dict__.get("interp")  # absent once detached, or with INTERP_RLHF=off
-        pending = handle.callback.before_log(logs, self.state) if handle is not None else {}  # type: ignore[attr-defined]
+        handle = self.__dict__.get("interp")  # absent once detached, without a callback under INTERP_RLHF=off
+        pending = handle.callback.before_log(logs, self.state) if isinstance(handle, Handle) else {}  # type: ignore[attr-defined]
         logs.update(pending)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
         for key in pending:
@@ -110,11 +106,15 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
     Raises:
         InterpError: a wrong setting, hookpoint, file or dataset; the trainer is then untouched.
     """
-    if os.environ.get(SWITCH, "").lower() == "off":
+    if switched_off():
         print(f"interp_rlhf: off ({SWITCH}=off), the trainer is left as it is")
         return DetachedHandle()
     if isinstance(trainer, InterpMixin) and "interp" in trainer.__dict__:
         raise InterpError(f"attach: this {type(trainer).__name__} is attached already; call handle.detach() first")
+    if any(isinstance(other, InterpCallback) for other in trainer.callback_handler.callbacks):
+        raise InterpError(
+            f"attach: this {type(trainer).__name__} has an InterpCallback already, which would write twice"
+        )
     if trainer.model is None:
         raise InterpError(f"attach: this {type(trainer).__name__} has no model")
     callback = InterpCallback(config)
@@ -145,7 +145,7 @@ def with_interp(cls: type, config: Config = None) -> type:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
-        attach(self, config)
+        self.interp = attach(self, config)
 
     return _with_mixin(cls, __init__=__init__)
 

@@ -107,12 +107,12 @@ def measuring(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     training = [module.training for module in modules]
     rotary = [(module, dict(vars(module)), dict(module._buffers)) for module in modules if hasattr(module, "rope_type")]
-    states = _random_states()
     device = next(model.parameters()).device
     try:
         for module in modules:
             module.training = False
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), _uncompiled(modules):
+        no_autocast = torch.autocast(device.type, enabled=False)
+        with unchanged_random_states(), torch.no_grad(), no_autocast, _uncompiled(modules):
             yield
     finally:
         for module, flag in zip(modules, training, strict=True):
@@ -125,7 +125,6 @@ def measuring(model: nn.Module) -> Iterator[None]:
         for module in modules:
             if isinstance(module, FSDPModule):
                 module.reshard()
-        _restore_random_states(states)
 
 
 @contextmanager
@@ -137,6 +136,16 @@ def _uncompiled(modules: list[nn.Module]) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def unchanged_random_states() -> Iterator[None]:
+    """Whatever draws inside (a dataset that augments its rows, say), Python, NumPy and torch go on as if it had not."""
+    states = _random_states()
+    try:
+        yield
+    finally:
+        _restore_random_states(states)
 
 
 def _random_states() -> tuple[Any, Any, Tensor, list[Tensor]]:

@@ -103,8 +103,9 @@ def draw_rows(
 ) -> list[RowTexts]:
     """``n`` usable rows in a seeded random order.
 
-    Rows that do not fit are replaced by later ones (and come back empty, to be counted). Several texts of a packed row
-    count separately. With ``leave_out`` every prompt is drawn once, and the sampling units named in it never.
+    Rows that do not fit are replaced by later ones (and come back empty, to be counted), but at most 20·n rows, or
+    1,000, are looked at: a large dataset of few prompts is not read to its end. Several texts of a packed row count
+    separately. With ``leave_out`` every prompt is drawn once, and the sampling units named in it never.
 
     Raises:
         PromptError: a dataset that cannot be drawn from, or a row that cannot be read; names the dataset and the row.
@@ -113,7 +114,7 @@ def draw_rows(
     found: list[RowTexts] = []
     unusable: list[RowTexts] = []
     seen = set(leave_out or ())
-    for index in np.random.default_rng(seed).permutation(len(dataset)):
+    for index in np.random.default_rng(seed).permutation(len(dataset))[: max(20 * n, 1000)]:
         try:
             read = row_texts(dataset[int(index)], tokenizer, max_length=max_length)
         except PromptError as error:

@@ -124,3 +124,14 @@ def check_ours(folder: Path) -> None:
     names = [name for name in names if not is_leftover(name)]
     if names and not any(name == TIMELINE or parse_run_file_name(name) for name in names):
         raise FormatError(f"{folder}: found {sorted(names)[0][:80]!a} and no run, expected an empty folder or a run")
+
+
+def check_folder(output_dir: str | Path) -> None:
+    """Refuse an output folder that no run can be written into, before anything is trained.
+
+    Raises:
+        FormatError: one of the folders of a run is a file.
+    """
+    for path in (Path(output_dir), *(Path(output_dir) / name for name in (FOLDER, TEXTS, f"{FOLDER}/{SNAPSHOTS}"))):
+        if path.exists() and not path.is_dir():
+            raise FormatError(f"{path}: expected a folder for the run's records, found a file")

@@ -71,7 +71,7 @@ class RunStore:
     """
 
     def __init__(self, output_dir: str | Path) -> None:
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).absolute()  # a training script may change its folder later
         self.folder = self.output_dir / FOLDER
         self.segment = 0
         self.snapshots: list[Snapshot] = []
