@@ -325,7 +325,8 @@ class InterpCallback(TrainerCallback):
         """Run ``work``; a failure is recorded and warned about, and ends the run only where that was asked for."""
         run = self._run
         try:
-            work()
+            with unchanged_random_states():  # even importing a library may draw: joblib does
+                work()
         except ShardedForwardError:
             raise
         except Exception as error:

@@ -31,7 +31,7 @@ def run(entry: Any, folder: Path, setting: dict[str, Any], config: Any) -> dict[
             {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
             for row in trainer.state.log_history
         ],
-        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
+        "random": (random.getstate(), str(np.random.get_state(legacy=False)["state"]), torch.get_rng_state()),
         "handle": handle,
         "interp": [row for row in trainer.state.log_history if any(k.startswith("interp/") for k in row)],
     }

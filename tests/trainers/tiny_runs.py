@@ -119,7 +119,7 @@ def assert_same_training(first: Any, second: Any) -> None:
 
 def random_states() -> list[Any]:
     """Python's, NumPy's and torch's."""
-    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    return [random.getstate(), str(np.random.get_state(legacy=False)["state"]), torch.get_rng_state().tolist()]
 
 
 def live(timeline: pd.DataFrame) -> pd.DataFrame:
