@@ -260,16 +260,18 @@ class InterpCallback(TrainerCallback):
         if run.table is None:
             raise MeasurementError(f"step {step}: nothing to compare with, since measuring the start failed")
         reading = self._read(run.table, run.model)
+        tokens = reading.tokens
         if run.reference.kind != "cached":
             with run.reference.reading() as frozen:
-                moved = reading_difference(run.start_means, self._read(run.table, frozen).means)
-            check_is_start(run.reference.kind, moved)
-        run.rows = run_on_main(lambda: self._compare(step, reading, began), run.world)
+                start = self._read(run.table, frozen)
+            check_is_start(run.reference.kind, reading_difference(run.start_means, start.means))
+            tokens += start.tokens
+        run.rows = run_on_main(lambda: self._compare(step, reading, tokens, began), run.world)
         run.reading, run.measured_step = reading, step
 
-    def _compare(self, step: int, reading: Reading, began: float) -> tuple[Measurement, ...]:
+    def _compare(self, step: int, reading: Reading, tokens: int, began: float) -> tuple[Measurement, ...]:
         rows = drift_rows(self._run.baseline, reading, self.config, self._run.segment, step)
-        return self._record(step, rows, reading.tokens, began)
+        return self._record(step, rows, tokens, began)
 
     def _measure_and_keep(self, step: int, checkpoint: Path | None) -> None:
         run = self._run

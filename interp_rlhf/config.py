@@ -118,7 +118,7 @@ class SnapshotsConfig:
 
     Attributes:
         enabled: write snapshots (the timeline is always written).
-        keep: keep the tensors of this many newest snapshots besides step 0; ``None`` keeps all. Manifests stay.
+        keep: keep the tensors of this many newest snapshots besides each start; ``None`` keeps all. Manifests stay.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
