@@ -164,7 +164,7 @@ def stored_readings(tensors: Mapping[str, Tensor], plan: Plan, table: TextTable)
     absent = [name for name in plan.hookpoints if FIRST + name not in tensors]
     if absent:
         raise FormatError(f"step-0 snapshot: no readings at {', '.join(absent)}; {advice}")
-    place = {text: row for row, text in enumerate(tensors[TEXT_IDS].tolist())}
+    place = {text: row for row, text in enumerate(tensors.get(TEXT_IDS, torch.empty(0)).tolist())}
     found = [place[text] for text in table.ids.tolist() if text in place]
     if len(found) < len(table.prompts):
         raise FormatError(

@@ -134,6 +134,7 @@ class InterpCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the segment and measure step 0 (or take its readings from disk when a run is resumed)."""
         if switched_off():
+            self._current = None
             print(f"interp_rlhf: off ({SWITCH}=off), nothing is measured")
             return
         model = kwargs["model"]

@@ -17,9 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_rlhf.config import SWITCH, switched_off
 from interp_rlhf.errors import ConfigError, MeasurementError
 from interp_rlhf.organisms import Organism, agreement_reward, build_organism, concepts
-from interp_rlhf.seam import SWITCH, attach
+from interp_rlhf.seam import attach
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +98,7 @@ def run_demo(trainer: str, out: str | Path, *, seed: int = 0, steps: int | None 
             ``INTERP_RLHF=off``.
     """
     build, began = _builder(trainer), time.monotonic()
-    if os.environ.get(SWITCH, "").lower() == "off":
+    if switched_off():
         raise ConfigError(f"demo: {SWITCH}=off leaves nothing to show; unset it")
     if seed < 0:
         raise ConfigError(f"seed: expected 0 or more, found {seed}")

@@ -82,10 +82,10 @@ def run_info(
 def published(config: InterpConfig) -> dict[str, Any]:
     """The config with files by their names: folders of a machine are nobody else's business."""
     settings = config.as_mapping()
-    for group, key in (("prompts", "path"), ("concepts", "packs"), ("concepts", "directions")):
-        value = settings[group][key]
-        names = [Path(path).name for path in ([value] if isinstance(value, str) else value or [])]
-        settings[group][key] = (names[0] if names else None) if key == "path" else names
+    path = settings["prompts"]["path"]
+    settings["prompts"]["path"] = path and Path(path).name
+    for key in ("packs", "directions"):
+        settings["concepts"][key] = [Path(path).name for path in settings["concepts"][key]]
     return settings
 
 

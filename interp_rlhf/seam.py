@@ -109,7 +109,7 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
     if switched_off():
         print(f"interp_rlhf: off ({SWITCH}=off), the trainer is left as it is")
         return DetachedHandle()
-    if isinstance(trainer, InterpMixin) and "interp" in trainer.__dict__:
+    if isinstance(trainer.__dict__.get("interp"), Handle):
         raise InterpError(f"attach: this {type(trainer).__name__} is attached already; call handle.detach() first")
     if any(isinstance(other, InterpCallback) for other in trainer.callback_handler.callbacks):
         raise InterpError(

@@ -207,12 +207,9 @@ class RunStore:
             FormatError: it is there but damaged.
         """
         limits = live_limits(self._started().segments)
-        starts = [
-            snapshot
-            for snapshot in self.snapshots
-            if snapshot.parent is None and snapshot.step <= limits.get(snapshot.segment, -1)
-        ]
-        return starts[0].tensors() if starts else None
+        starts = (s for s in self.snapshots if s.parent is None and s.step <= limits.get(s.segment, -1))
+        start = next(starts, None)
+        return None if start is None else start.tensors()
 
     def texts(self, name: str, texts: Iterable[Mapping[str, Any]]) -> Path:
         """Write texts (one JSON object a line) to ``output_dir/_interp/``, which hub uploads leave out.
@@ -270,9 +267,11 @@ class RunStore:
     def _copy_missing(self) -> None:
         """Put snapshots beside their checkpoints where a writer that died had not done so yet."""
         for place in checkpoint_folders(self.output_dir):
-            *earlier, newest = [None, *(snapshot for snapshot in self.snapshots if snapshot.checkpoint == place.name)]
-            missing = not os.path.lexists(place / COPY) or any(holds(place / COPY, other) for other in earlier if other)
-            if newest is None or not missing or not (newest.path / TENSORS).exists():
+            owners = [snapshot for snapshot in self.snapshots if snapshot.checkpoint == place.name]
+            if not owners or not (owners[-1].path / TENSORS).exists():
+                continue
+            newest, there = owners[-1], os.path.lexists(place / COPY)
+            if there and not any(holds(place / COPY, other) for other in owners[:-1]):
                 continue
             try:
                 if newest.manifest["checkpoint"]["weights"] != weight_hashes(place):

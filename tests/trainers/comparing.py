@@ -15,6 +15,19 @@ from interp_rlhf import attach
 TIMES = ("runtime", "per_second", "step_time", "eps", "flos")
 
 
+def own_log(trainer: Any) -> list[dict[str, Any]]:
+    """The trainer's log without our keys and without times."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
+        for row in trainer.state.log_history
+    ]
+
+
+def random_states() -> tuple[Any, ...]:
+    """Python's, NumPy's (with its position) and torch's."""
+    return random.getstate(), str(np.random.get_state(legacy=False)["state"]), torch.get_rng_state().tolist()
+
+
 def run(entry: Any, folder: Path, setting: dict[str, Any], config: Any) -> dict[str, Any]:
     """Train once from fixed seeds; ``config=None`` trains without us."""
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
@@ -27,11 +40,8 @@ def run(entry: Any, folder: Path, setting: dict[str, Any], config: Any) -> dict[
         "grad": {name: p.requires_grad for name, p in trainer.model.named_parameters()},
         "modes": {name: module.training for name, module in trainer.model.named_modules()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules()),
-        "log": [
-            {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
-            for row in trainer.state.log_history
-        ],
-        "random": (random.getstate(), str(np.random.get_state(legacy=False)["state"]), torch.get_rng_state()),
+        "log": own_log(trainer),
+        "random": random_states(),
         "handle": handle,
         "interp": [row for row in trainer.state.log_history if any(k.startswith("interp/") for k in row)],
     }
@@ -42,8 +52,7 @@ def assert_same(bare: dict[str, Any], attached: dict[str, Any]) -> None:
     changed = [name for name, value in bare["weights"].items() if not torch.equal(value, attached["weights"][name])]
     assert not changed, f"weights differ: {changed}"
     assert bare["log"] == attached["log"]
-    assert bare["random"][0] == attached["random"][0], "Python's generator"
-    assert bare["random"][1] == attached["random"][1], "NumPy's generator"
-    assert torch.equal(bare["random"][2], attached["random"][2]), "torch's generator"
+    for place, whose in enumerate(("Python", "NumPy", "torch")):
+        assert bare["random"][place] == attached["random"][place], f"{whose}'s generator"
     for key in ("grad", "modes", "hooks"):
         assert bare[key] == attached[key], key

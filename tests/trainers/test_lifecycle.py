@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainers.comparing import own_log, random_states
 from trainers.tiny_runs import (
     Keeps,
     StopAt,
@@ -18,8 +19,6 @@ from trainers.tiny_runs import (
     interp_log,
     live,
     outside,
-    own_log,
-    random_states,
     small,
     steps_of,
     train,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainers.comparing import own_log
 from trainers.table import trainers
 
 from interp_rlhf import attach
@@ -24,7 +25,6 @@ CONFIG = {
     "report": False,
 }
 STEPS = {"max_steps": 21, "logging_steps": 5, "save_strategy": "steps", "save_steps": 7}
-TIMES = ("runtime", "per_second", "flos")
 
 
 def train(folder: Path, config: Any, **changes: Any) -> Any:
@@ -77,13 +77,7 @@ def test_logged_scalars_equal_timeline_rows(tracked: dict[str, Any]) -> None:
 def test_the_trainers_own_rows_are_unchanged(tracked: dict[str, Any], tmp_path: Path) -> None:
     bare, _ = train(tmp_path, None)
 
-    def theirs(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
-            for row in history
-        ]
-
-    assert theirs(bare.state.log_history) == theirs(tracked["trainer"].state.log_history)
+    assert own_log(bare) == own_log(tracked["trainer"])
 
 
 def test_trainer_state_on_disk(tracked: dict[str, Any]) -> None:

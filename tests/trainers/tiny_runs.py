@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from trainers.comparing import own_log
 from trainers.table import causal_lm, trainers
 from transformers import TrainerCallback
 
@@ -21,8 +22,6 @@ from interp_rlhf import attach
 from interp_rlhf.activations.prompts import Prompt, content_tokens
 from interp_rlhf.cli import main
 
-#: Wall-clock quantities differ between any two runs.
-TIMES = ("runtime", "per_second", "step_time", "eps", "flos")
 KEY = ["metric", "readout", "hookpoint", "step"]
 HOOKPOINTS = ("layers.1.resid_post", "layers.2.resid_post")
 
@@ -95,14 +94,6 @@ def train(name: str, folder: Path, config: Any, *, resume: Any = None, **changes
     return trainer, handle
 
 
-def own_log(trainer: Any) -> list[dict[str, Any]]:
-    """The trainer's log without our keys and without times."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith("interp/") and not any(t in k for t in TIMES)}
-        for row in trainer.state.log_history
-    ]
-
-
 def interp_log(trainer: Any) -> dict[int, dict[str, float]]:
     """Our keys of the trainer's log by step."""
     rows = [(r["step"], {k: v for k, v in r.items() if k.startswith("interp/")}) for r in trainer.state.log_history]
@@ -110,16 +101,11 @@ def interp_log(trainer: Any) -> dict[int, dict[str, float]]:
 
 
 def assert_same_training(first: Any, second: Any) -> None:
-    """Weights, logged numbers and random states of two runs, bit by bit. Call it right after the second one."""
+    """Weights and logged numbers of two runs, bit by bit; random states are compared where they are taken."""
     a, b = first.model.state_dict(), second.model.state_dict()
     assert a.keys() == b.keys()
     assert not [name for name, value in a.items() if not torch.equal(value, b[name])]
     assert own_log(first) == own_log(second)
-
-
-def random_states() -> list[Any]:
-    """Python's, NumPy's and torch's."""
-    return [random.getstate(), str(np.random.get_state(legacy=False)["state"]), torch.get_rng_state().tolist()]
 
 
 def live(timeline: pd.DataFrame) -> pd.DataFrame:
