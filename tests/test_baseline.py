@@ -52,3 +52,10 @@ def test_another_hookpoint_is_refused() -> None:
     stored = baseline_tensors(table(1), reading(table(1), 1.0), reading(table(1), 1.0))
     with pytest.raises(FormatError, match=r"no readings at layers\.1\.resid_post"):
         stored_readings(stored, SimpleNamespace(hookpoints=("layers.1.resid_post",)), table(1))  # type: ignore[arg-type]
+
+
+def test_readings_that_do_not_say_whose_they_are_are_refused() -> None:
+    stored = baseline_tensors(table(1), reading(table(1), 1.0), reading(table(1), 1.0))
+    del stored["text_ids"]
+    with pytest.raises(FormatError, match="readings of 0 of the 1 texts of this run found"):
+        stored_readings(stored, PLAN, table(1))

@@ -158,3 +158,11 @@ def test_numeric_band_holds_every_reading_and_every_mean_of_them() -> None:
 def test_what_cannot_be_computed_is_an_error(call, message: str) -> None:
     with pytest.raises(MeasurementError, match=message):
         call()
+
+
+@pytest.mark.parametrize("at_rest", [0.0, 1.0, 40.0])
+def test_two_readings_that_agree_by_luck_still_leave_one_rounding(at_rest: float) -> None:
+    low, high = nulls.numeric_band(at_rest, torch.tensor([at_rest, at_rest]))
+    nearest = np.nextafter(np.float32(max(at_rest, 1.0)), np.float32(np.inf)) - np.float32(max(at_rest, 1.0))
+    assert low <= at_rest - nearest / 2 and at_rest + nearest / 2 <= high
+    assert high - low < 1e-6 * max(at_rest, 1.0)

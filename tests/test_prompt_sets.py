@@ -111,3 +111,23 @@ def test_damaged_files_name_the_line(tmp_path, content, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(PromptError, match="cannot be read"):
         PromptSet.from_jsonl(tmp_path / "none.jsonl", tokenizer(), max_length=16)
+
+
+class Counted:
+    """A large dataset of one prompt that counts what is read of it."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return 100_000
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        self.reads += 1
+        return {"prompt": "w1 w2", "completion": f" w{index % 80}"}
+
+
+def test_a_large_dataset_of_few_prompts_is_not_read_to_its_end():
+    data = Counted()
+    drawn = PromptSet.from_dataset(data, tokenizer(), **{**DRAW, "n": 128})
+    assert len(drawn.prompts) == 1 and data.reads == 20 * 128

@@ -79,6 +79,25 @@ def test_off_reaches_everything(word: str, tmp_path: Path, monkeypatch: pytest.M
     assert len(made.interp.timeline()) == 0 and not (tmp_path / "class" / "interp").exists()
 
 
+def test_off_for_one_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    trainer = trainers()["sft"].build(folder, max_steps=1)
+    trainer.add_callback(InterpCallback(small(folder)))
+    trainer.train()
+    before = (folder / "interp" / "timeline.jsonl").read_bytes()
+    monkeypatch.setenv("INTERP_RLHF", "off")
+    trainer.train()
+    assert (folder / "interp" / "timeline.jsonl").read_bytes() == before
+
+    kind = with_interp(type(trainer), small(tmp_path / "later"))
+    args = trainers()["sft"].build(tmp_path / "later", max_steps=1).args
+    made = kind(causal_lm(), args=args, train_dataset=texts(), processing_class=tokenizer())
+    monkeypatch.delenv("INTERP_RLHF")
+    handle = attach(made, small(tmp_path / "later"))
+    made.train()
+    assert sorted(handle.timeline().step.unique()) == [0, 1]
+
+
 def test_another_word_is_no_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTERP_RLHF", "0")
     with pytest.raises(ConfigError, match="INTERP_RLHF: expected on or off in the environment, found '0'"):
@@ -114,6 +133,17 @@ def test_settings_that_cannot_work(changes: dict[str, Any], words: str, tmp_path
     with pytest.raises(ConfigError, match=words):
         attach(trainer, changes)
     assert not hasattr(trainer, "interp")
+
+
+def test_a_reference_that_is_read_is_paid_for(tmp_path: Path) -> None:
+    cost = {}
+    for kind in ("cached", "adapter"):
+        trainer = trainers()["sft"].build(tmp_path / kind, use_lora=True, max_steps=3)
+        handle = attach(trainer, small(tmp_path / kind, reference=kind))
+        trainer.train()
+        rows = handle.timeline()
+        cost[kind] = rows[(rows.metric == "cost/tokens") & (rows.step == 3)].value.iloc[0]
+    assert cost["adapter"] == 2 * cost["cached"] > 0
 
 
 def test_a_folder_that_changes_during_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
