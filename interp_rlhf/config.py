@@ -61,6 +61,7 @@ class ConceptsConfig:
         directions: paths of saved :class:`~interp_rlhf.Direction` files to read as they are.
         behaviour: also log the log-probability gap on held-out contrast pairs.
         refit: also refit each direction at every measurement (direction cosine).
+        bank: also read, at step 0, a bank of unrelated concepts that drifts are compared with.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -71,6 +72,51 @@ class ConceptsConfig:
     directions: tuple[str, ...] = ()
     behaviour: bool = True
     refit: bool = True
+    bank: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ProbesConfig:
+    """Linear probes of each concept, cross-fitted at step 0 and frozen.
+
+    Attributes:
+        enabled: fit and read them.
+        folds: K; texts of one group of pairs are never split.
+        fpr: false-positive rate at which recall is read; needs 10/fpr held-out negatives.
+        refits: refits of step 0 with other folds, the band of ``probe/staleness``.
+        sealed: path of a probe (``interp-rlhf fit probe``) that training never touches.
+        on_domain: concept name → JSONL file of labelled texts of the training's own domain.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    enabled: bool = True
+    folds: Annotated[int, Field(ge=2)] = 5
+    fpr: Fraction = 0.2
+    refits: Annotated[int, Field(ge=19)] = 20
+    sealed: str | None = None
+    on_domain: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutsConfig:
+    """Completions sampled from the policy on fixed prompts, for the shift decomposition.
+
+    Attributes:
+        enabled: ``auto`` samples where the trainer itself trains on sampled completions.
+        prompts: how many of the audit prompts are continued.
+        completions: K completions of each, sampled at temperature 1 with common random numbers.
+        max_new_tokens: length at which a completion is cut.
+        labels: dotted path of a function ``(prompts, completions) -> list[bool | None]`` (texts in, labels out).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    enabled: Literal["auto"] | bool = "auto"
+    prompts: Annotated[int, Field(ge=8)] = 32
+    completions: Positive = 2
+    max_new_tokens: Positive = 64
+    labels: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +178,8 @@ class InterpConfig:
     """Everything ``attach`` can be told. The defaults are the packaged preset ``observe``.
 
     Attributes:
+        control: number of a control run: the same training without its preferences, written to ``_controls/NN``.
+        control_within: a data column; a control run swaps as many pairs in each of its values.
         hookpoints: where to read; ``layers.50%.resid_post`` is a fractional depth.
         layers: path of the decoder layers inside the model, for architectures that are not recognised.
         representation: log representation metrics (CKA, cosine, norm ratio, effective rank).
@@ -144,6 +192,8 @@ class InterpConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
+    control: Positive | None = None
+    control_within: str | None = None
     hookpoints: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "layers.25%.resid_post",
         "layers.50%.resid_post",
@@ -155,6 +205,8 @@ class InterpConfig:
     reference: Literal["auto", "cached", "adapter", "ref_model", "copy"] = "auto"
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     snapshots: SnapshotsConfig = field(default_factory=SnapshotsConfig)

@@ -8,7 +8,16 @@ from typing import Any, Literal
 Text = Literal["fixed", "rollout"]
 Source = Literal["evaluation", "training", "named"]
 Reader = Literal["policy", "reference"]
-NullKind = Literal["directions", "control_run", "refit", "numeric", "none"]
+NullKind = Literal[
+    "directions",
+    "directions_without_top",
+    "concept_bank",
+    "sign_flip",
+    "control_run",
+    "refit",
+    "numeric",
+    "none",
+]
 Tier = Literal["A", "B", "C", "D", "E"]
 
 
