@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ReferenceMismatch,
     )
     from interp_rlhf.readouts.directions import Direction
+    from interp_rlhf.readouts.probes import LinearProbe
     from interp_rlhf.seam import attach, with_interp
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _PUBLIC: dict[str, str] = {
     "InterpCallback": "interp_rlhf.callback",
     "InterpConfig": "interp_rlhf.config",
     "InterpError": "interp_rlhf.errors",
+    "LinearProbe": "interp_rlhf.readouts.probes",
     "MeasurementError": "interp_rlhf.errors",
     "PromptError": "interp_rlhf.errors",
     "PromptSet": "interp_rlhf.activations.prompt_sets",
@@ -61,6 +63,7 @@ __all__ = [
     "InterpCallback",
     "InterpConfig",
     "InterpError",
+    "LinearProbe",
     "MeasurementError",
     "PromptError",
     "PromptSet",

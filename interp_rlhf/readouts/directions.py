@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp_rlhf.errors import ConfigError, FormatError, MeasurementError
+from interp_rlhf.readouts.files import Layout, check_names, read, write
 
-FORMAT = 1
-_KEY = "interp_rlhf.direction"
+_FILE = Layout(kind="direction", tensor="vector", fields=("hookpoint", "name"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,9 +35,7 @@ class Direction:
     vector: Tensor
 
     def __post_init__(self) -> None:
-        for field, text in (("name", self.name), ("hookpoint", self.hookpoint)):
-            if not isinstance(text, str) or not text.isprintable() or text in ("", ".", "..") or set(text) & set("/\\"):
-                raise ConfigError(f"direction {field}: expected printable text without path separators, found {text!r}")
+        check_names("direction", name=self.name, hookpoint=self.hookpoint)
         vector = self.vector.detach().cpu().double()
         if vector.ndim != 1 or vector.numel() == 0:
             raise MeasurementError(
@@ -98,20 +93,8 @@ class Direction:
         Raises:
             FormatError: the file exists with other content, or cannot be written.
         """
-        from safetensors.torch import save
-
-        # one metadata key only: with more, safetensors does not write the same bytes twice
-        about = json.dumps({"format": FORMAT, "hookpoint": self.hookpoint, "name": self.name}, sort_keys=True)
-        content = save({"vector": self.vector}, metadata={_KEY: about})
-        path = Path(path)
-        try:
-            if path.exists() and not overwrite:
-                if path.read_bytes() == content:
-                    return
-                raise FormatError(f"{path}: exists and holds something else; expected overwrite=True to replace it")
-            _write_atomically(path, content)
-        except OSError as error:
-            raise FormatError(f"{path}: cannot be written ({error.strerror})") from None
+        about = {"hookpoint": self.hookpoint, "name": self.name}
+        write(Path(path), _FILE, self.vector, about, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -121,55 +104,8 @@ class Direction:
             FormatError: missing, truncated, not safetensors, or not a direction; the message names the file.
         """
         path = Path(path)
-        about, vector = _read(path)
+        about, vector = read(path, _FILE)
         try:
             return cls(about["name"], about["hookpoint"], vector)
         except (MeasurementError, ConfigError) as error:
             raise FormatError(f"{path}: {error}") from None
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            about = _about(path, file.metadata() or {})
-            names = sorted(file.keys())
-            if names != ["vector"]:
-                raise FormatError(f"{path}: expected the single tensor 'vector', found {', '.join(names) or 'none'}")
-            kind, shape = file.get_slice("vector").get_dtype(), file.get_slice("vector").get_shape()
-            if kind != "F32" or len(shape) != 1:
-                raise FormatError(f"{path}: vector: expected float32 [d], found {kind} {list(shape)}")
-            return about, file.get_tensor("vector")
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path}: not a safetensors file, or a damaged one ({' '.join(str(error).split())})"
-        ) from None
-
-
-def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        about = json.loads(metadata[_KEY])
-    except (KeyError, json.JSONDecodeError):
-        raise FormatError(f"{path}: not a direction file (no readable {_KEY!r} in its metadata)") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else about
-        raise FormatError(f"{path}: expected direction format {FORMAT}, found {found!r}")
-    if set(about) != {"format", "hookpoint", "name"}:
-        raise FormatError(f"{path}: expected the fields format, hookpoint, name, found {', '.join(sorted(about))}")
-    return about
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".interp-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
