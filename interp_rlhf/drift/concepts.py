@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_rlhf.drift.control_runs import rank_place
 from interp_rlhf.drift.estimates import Estimate, estimate
 from interp_rlhf.drift.nulls import (
     bootstrap_statistic,
@@ -23,6 +24,7 @@ from interp_rlhf.drift.nulls import (
     rank_p,
 )
 from interp_rlhf.errors import MeasurementError
+from interp_rlhf.measurement import NullKind
 from interp_rlhf.readouts.separation import auc
 
 
@@ -185,7 +187,7 @@ def refit_cosine_estimate(
 
     Both directions are differences in means over the same pairs. A resample refits both on the pairs it drew: with
     the step-0 direction held fixed, noise in the refit alone would put the interval below 1 even where nothing
-    changed. Exactly 1 with the interval (1, 1) where nothing changed.
+    changed. Exactly 1 with the interval (1, 1) where nothing changed. The band is :func:`cosine_band` of step 0.
 
     Raises:
         MeasurementError: shapes that differ, NaN, or a difference in means of length 0.
@@ -209,8 +211,10 @@ def refit_cosine_estimate(
     value = float(cosines(torch.ones(1, n, dtype=torch.float64)))
     if not math.isfinite(value):
         raise MeasurementError(f"concept/cosine: the positive and negative means of {n} pairs do not differ")
-    interval = bootstrap_statistic(cosines, n, resamples=resamples, confidence=confidence, seed=seed)
-    return estimate("concept/cosine", value, n, interval=interval)
+    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    interval = bootstrap_statistic(cosines, n, **options)
+    band = cosine_band(positive_0, negative_0, **options)
+    return estimate("concept/cosine", value, n, interval=interval, null_kind="refit", band=band)
 
 
 def behaviour_estimate(
@@ -267,6 +271,88 @@ def admit(auc_held: float, auc_low: float, auc_baseline: float) -> str | None:
     if not auc_held > auc_baseline:
         return f"held-out AUC {auc_held:.3f} does not beat the bag-of-tokens baseline {auc_baseline:.3f}"
     return None
+
+
+def cosine_band(
+    positive: Float[Tensor, "n d"],
+    negative: Float[Tensor, "n d"],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Band ``refit`` of ``concept/cosine``: cosine of step-0 refits on resampled pairs to the step-0 direction.
+
+    A reliability ceiling: so far a direction turns by the choice of pairs alone. It is no null of drift, since pairs
+    that did not change have a cosine of exactly 1.
+
+    Args:
+        positive, negative: ``[n, d]`` step-0 readings of the two sides of pair i.
+
+    Returns:
+        ``(low, 1)``: a share ``confidence`` of the refits lies within.
+
+    Raises:
+        MeasurementError: shapes that differ, fewer than 2 pairs, NaN, or a difference in means of length 0.
+
+    >>> cosine_band(torch.eye(3) + 1, torch.ones(3, 3))[1]
+    1.0
+    """
+    n = _pairs("concept/cosine", positive, negative)
+    difference = finite(positive, "positive readings").double() - finite(negative, "negative readings").double()
+    gram = difference @ difference.T
+    to_all, square_all = gram.sum(1), gram.sum()
+
+    def cosines(counts: Tensor) -> Tensor:
+        squares = ((counts @ gram) * counts).sum(1)
+        return (counts @ to_all / (squares * square_all).sqrt()).clamp(-1, 1)
+
+    # The lower end of the two-sided interval that leaves out 1 − confidence below.
+    low, _ = bootstrap_statistic(cosines, n, resamples=resamples, confidence=2 * confidence - 1, seed=seed)
+    return low, 1.0
+
+
+def specificity_estimates(
+    x0: Float[Tensor, "n d"],
+    xt: Float[Tensor, "n d"],
+    v: Float[Tensor, " d"],
+    without_top: Float[Tensor, "k d"] | None,
+    bank: Float[Tensor, "b d"] | None,
+    confidence: float = 0.95,
+) -> dict[str, Estimate]:
+    """``specificity/…``: mean ``D`` along ``v`` beside other comparison directions than those of ``concept/drift``.
+
+    Args:
+        x0, xt: ``[n, d]`` readings of the same sampling units.
+        v: ``[d]`` the concept's direction.
+        without_top: ``[k, d]`` directions of :func:`~interp_rlhf.drift.nulls.covariance_directions`, ``drop_top``.
+        bank: ``[b, d]`` directions of real, unrelated concepts; ``v`` is not one of them.
+        confidence: of the bands, in (0, 1).
+
+    Returns:
+        Metric to estimate, without the metrics whose directions are ``None``. No band, but a p, where there are too
+        few directions for the confidence (19 for 0.95).
+
+    Raises:
+        MeasurementError: as :func:`standardised_drift`.
+
+    >>> x0 = torch.tensor([[0.0, 0.0], [2.0, 1.0], [4.0, 2.0]])
+    >>> found = specificity_estimates(x0, x0 + 1, torch.tensor([0.0, 1.0]), None, torch.eye(2)[:1])
+    >>> [(metric, row.value, row.p, row.null_high) for metric, row in found.items()]
+    [('specificity/concept_bank', 1.0, 0.5, None)]
+    """
+    value, found = float(standardised_drift(x0, xt, v).mean()), {}
+    nulls: tuple[tuple[NullKind, Tensor | None], ...] = (
+        ("directions_without_top", without_top),
+        ("concept_bank", bank),
+    )
+    for kind, directions in nulls:
+        if directions is not None:
+            null = comparison_drifts(x0, xt, directions)
+            band = None if rank_place(len(null), confidence) is None else direction_band(null, confidence)
+            metric, p = f"specificity/{kind}", rank_p(value, null)
+            found[metric] = estimate(metric, value, len(x0), null_kind=kind, band=band, p=p)
+    return found
 
 
 def _readings(x0: Tensor, xt: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

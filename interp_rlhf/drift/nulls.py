@@ -5,7 +5,6 @@ Every random draw has a generator of its own, seeded by the caller: the global g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_rlhf.drift.control_runs import rank_place
 from interp_rlhf.errors import MeasurementError
 
 #: Statistic of many resamples at once: counts ``[R, n]`` (how often each unit was drawn) to values ``[R]``.
@@ -135,8 +135,8 @@ def direction_band(null: Float[Tensor, " k"], confidence: float = 0.95) -> tuple
     (-17.0, 17.0)
     """
     sizes = finite(null, "directions band").double().abs().sort().values
-    place = math.ceil(round(confidence * (len(sizes) + 1), 9))
-    if place > len(sizes):
+    place = rank_place(len(sizes), confidence)
+    if place is None:
         raise MeasurementError(f"directions band: {len(sizes)} directions are too few for confidence {confidence}")
     half = float(sizes[place - 1])
     return -half, half
