@@ -20,6 +20,8 @@ from interp_rlhf.reading import Reading
 from interp_rlhf.readouts.baselines import bag_of_tokens_auc
 from interp_rlhf.readouts.directions import Direction
 
+#: A concept of the bank whose absolute cosine with a direction is at least this is no unrelated one.
+RELATED = 0.5
 #: Names of the tensors that a step-0 snapshot keeps for a later resume.
 FIRST, AGAIN = "start/", "start_again/"
 LOG_PROBS, LOG_PROBS_AGAIN = "start_log_probs", "start_again_log_probs"
@@ -62,6 +64,8 @@ class Baseline:
         x0: hookpoint → ``[U, d]``, audit readings averaged within sampling units.
         floor: hookpoint → representation metric → numeric band.
         comparison: hookpoint → ``[k, d]`` directions drawn from the covariance of ``x0``.
+        without_top: the same without the first principal component of ``x0``; absent where nothing varies beyond it.
+        bank: hookpoint → ``[m, d]`` directions of real concepts: the bank's, and every admitted one.
         concepts: what was admitted.
         refused: what was not, with reasons.
     """
@@ -73,6 +77,8 @@ class Baseline:
     x0: Mapping[str, Tensor]
     floor: Mapping[str, Mapping[str, tuple[float, float]]]
     comparison: Mapping[str, Tensor]
+    without_top: Mapping[str, Tensor]
+    bank: Mapping[str, Tensor]
     concepts: tuple[ConceptBaseline, ...]
     refused: tuple[Refusal, ...]
 
@@ -111,8 +117,9 @@ def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, c
     for direction in plan.directions:
         admitted.append(ConceptBaseline(direction.name, None, {direction.hookpoint: direction}))
     kept = plan.keep([concept.name for concept in admitted])
-    later = kept.table(fit=config.concepts.refit)
+    later = later_table(kept, config)
     rows = table.rows(later.prompts)
+    without_top, reasons = _without_top(x0, config)
     return Baseline(
         plan=kept,
         table=later,
@@ -123,9 +130,44 @@ def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, c
         comparison={
             name: covariance_directions(x0[name], config.statistics.directions, config.seed) for name in plan.hookpoints
         },
+        without_top=without_top,
+        bank={name: _bank_directions(plan, table, first, name, admitted) for name in plan.hookpoints},
         concepts=tuple(admitted),
-        refused=tuple(refused),
+        refused=(*refused, *reasons),
     )
+
+
+def later_table(plan: Plan, config: InterpConfig) -> TextTable:
+    """The texts of every measurement after step 0."""
+    return plan.table(fit=config.concepts.refit or config.probes.enabled)
+
+
+def unrelated(bank: Tensor, v: Tensor) -> Tensor:
+    """The rows of ``bank`` ``[m, d]`` whose absolute cosine with ``v`` ``[d]`` is below :data:`RELATED`."""
+    return bank[(bank @ v).abs() < RELATED]
+
+
+def _without_top(x0: Mapping[str, Tensor], config: InterpConfig) -> tuple[dict[str, Tensor], list[Refusal]]:
+    found, refused = {}, []
+    for name, start in x0.items():
+        try:
+            found[name] = covariance_directions(start, config.statistics.directions, config.seed, drop_top=True)
+        except MeasurementError as error:
+            refused.append(Refusal("directions without the top component", name, str(error)))
+    return found, refused
+
+
+def _bank_directions(
+    plan: Plan, table: TextTable, first: Reading, hookpoint: str, admitted: Sequence[ConceptBaseline]
+) -> Tensor:
+    """Unit directions of the bank's concepts and of all admitted ones, ``[m, d]``."""
+    found = [concept.directions[hookpoint].vector for concept in admitted if hookpoint in concept.directions]
+    for concept in plan.bank:
+        positive, negative = sides(first, table, concept, hookpoint, "fit")
+        if not torch.equal(positive.mean(0), negative.mean(0)):
+            found.append(Direction.from_means(concept.name, hookpoint, positive, negative).vector)
+    width = first.means[hookpoint].shape[1]
+    return torch.stack(found) if found else torch.empty(0, width)
 
 
 def baseline_tensors(table: TextTable, first: Reading, again: Reading) -> dict[str, Tensor]:

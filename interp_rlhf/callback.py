@@ -38,10 +38,12 @@ from interp_rlhf.baseline import (
     baseline_tensors,
     direction_tensors,
     fit_baseline,
+    later_table,
     reading_tensors,
     stored_readings,
 )
 from interp_rlhf.config import SWITCH, InterpConfig, switched_off
+from interp_rlhf.controls import Control
 from interp_rlhf.distributed import World, barrier, join_world, run_on_main
 from interp_rlhf.errors import InterpError, MeasurementError
 from interp_rlhf.measurement import Measurement
@@ -105,6 +107,7 @@ class InterpCallback(TrainerCallback):
         self.rows_reach_the_log = False
         self.trainer_class = ""
         self._plan: Plan | None = None
+        self.control: Control | None = None
         self._ref_model: nn.Module | None = None
         self._tokenizer: Any = None
         self._current: _Run | None = None
@@ -118,9 +121,21 @@ class InterpCallback(TrainerCallback):
     # -- before training -------------------------------------------------------------------------------------------
 
     def prepare(
-        self, *, model: nn.Module, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: Any, ref_model: Any
+        self,
+        *,
+        model: nn.Module,
+        tokenizer: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        args: Any,
+        ref_model: Any,
+        samples: bool = False,
     ) -> Plan:
-        """Plan the run. Raises :class:`InterpError` for wrong input, before anything has been trained."""
+        """Plan the run. Raises :class:`InterpError` for wrong input, before anything has been trained.
+
+        Args:
+            samples: the trainer trains on completions of the policy: ``rollouts.enabled: auto`` then is true.
+        """
         find_reference("auto" if self.config.reference == "copy" else self.config.reference, model, ref_model)
         check_folder(args.output_dir)
         with unchanged_random_states():
@@ -142,7 +157,9 @@ class InterpCallback(TrainerCallback):
         world, step = join_world(), state.global_step
         reference = find_reference(self.config.reference, model, self._ref_model)
         run = self._current = _Run(model, world, plan, reference, RunStore(args.output_dir))
-        info = run_info(self.config, plan, model, self._tokenizer, self.trainer_class, world)
+        info = run_info(
+            self.config, plan, model, self._tokenizer, self.trainer_class, world, args=args, control=self.control
+        )
         run.segment = run_on_main(lambda: run.store.start(info, resumed_from=step or None), world)
         self._guarded(step, "the baseline", lambda: self._start(step))
 
@@ -163,11 +180,11 @@ class InterpCallback(TrainerCallback):
     def _start(self, step: int) -> None:
         """Read θ_0 twice, or load both readings where the run is resumed; fit, admit, record, snapshot."""
         run, began = self._run, time.monotonic()
-        table = run.plan.table(fit=True)
+        table = run.plan.table(fit=True, bank=True)
         stored = run_on_main(lambda: self._stored_start(table), run.world) if step else None
         first, again = stored or self._read_start(step, table)
         names = run_on_main(lambda: self._fit(table, first, again), run.world)
-        run.table = run.plan.keep(names).table(fit=self.config.concepts.refit)
+        run.table = later_table(run.plan.keep(names), self.config)
         rows = table.rows(run.table.prompts)
         run.start_means = {name: value[rows] for name, value in first.means.items()}
         if stored and run.reference.kind == "copy":

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from interp_rlhf.activations.hookpoints import ModelLayout, layout, resolve_hookpoints
+from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows, is_streaming
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.errors import ConfigError, PromptError
 from interp_rlhf.measurement import Source
+from interp_rlhf.readouts.bank import bank_packs
 from interp_rlhf.readouts.directions import Direction
 from interp_rlhf.readouts.packs import load_pack, render, split
 
@@ -68,7 +70,10 @@ class TextTable:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The fixed part of a run: the same at every measurement."""
+    """The fixed part of a run: the same at every measurement.
+
+    ``bank`` holds unrelated concepts, read at step 0 only; ``on_domain`` labelled texts of the training's domain.
+    """
 
     hookpoints: tuple[str, ...]
     audit: PromptSet
@@ -79,12 +84,20 @@ class Plan:
     skip_ids: frozenset[int]
     max_length: int
     behaviour: bool
+    bank: tuple[ConceptTexts, ...] = ()
+    on_domain: tuple[LabelledTexts, ...] = ()
 
-    def table(self, *, fit: bool) -> TextTable:
-        """The texts of one measurement; ``fit`` includes the halves on which directions are fitted."""
+    def table(self, *, fit: bool, bank: bool = False) -> TextTable:
+        """The texts of one measurement.
+
+        Args:
+            fit: include the halves on which directions are fitted.
+            bank: include the bank of unrelated concepts.
+        """
         texts = {prompt.id: prompt for prompt in self.audit.prompts}
+        texts |= {prompt.id: prompt for labelled in self.on_domain for prompt in labelled.prompts}
         scored: set[str] = set()
-        for concept in self.concepts:
+        for concept in (*self.concepts, *(self.bank if bank else ())):
             held = [side for pair in concept.held for side in (pair.positive, pair.negative)]
             fitted = [side for pair in concept.fit for side in (pair.positive, pair.negative)] if fit else []
             texts.update((prompt.id, prompt) for prompt in (*held, *fitted))
@@ -94,7 +107,11 @@ class Plan:
 
     def keep(self, names: Sequence[str]) -> Plan:
         """The same plan with only these concepts: what is left after admission at step 0."""
-        return replace(self, concepts=tuple(concept for concept in self.concepts if concept.name in names))
+        return replace(
+            self,
+            concepts=tuple(concept for concept in self.concepts if concept.name in names),
+            on_domain=tuple(labelled for labelled in self.on_domain if labelled.name in names),
+        )
 
 
 def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_dataset: Any, eval_dataset: Any) -> Plan:
@@ -132,6 +149,8 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         skip_ids=frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None),
         max_length=limit,
         behaviour=config.concepts.behaviour and has_head,
+        bank=_bank(config, tokenizer, limit) if concepts or directions else (),
+        on_domain=_on_domain(config, tokenizer, limit, concepts),
     )
 
 
@@ -222,10 +241,45 @@ def _pack_concept(
     if tokenizer is None:
         return None, Refusal(pack.name, "", "the trainer has no tokenizer to read the pack's texts with")
     pairs = render(pack, tokenizer, limit)
+    _check_apart(pack.name, pairs)
     fit, held = split(pairs, config.seed)
     if min(len(fit), len(held)) < 8:
         return None, Refusal(pack.name, "", f"only {len(pairs)} pairs fit into {limit} tokens, 16 are needed")
     return ConceptTexts(pack.name, "named", tuple(fit), tuple(held)), None
+
+
+def _check_apart(name: str, pairs: Sequence[ContrastPair]) -> None:
+    """A text that occurs in two groups may be fitted on and read: that would let a probe know the answer."""
+    place: dict[str, str] = {}
+    for pair in pairs:
+        for prompt in (pair.positive, pair.negative):
+            if place.setdefault(prompt.id, pair.group) != pair.group:
+                raise PromptError(
+                    f"concept pack {name}: expected each text in one group, found the same text (id {prompt.id}) in "
+                    f"the groups {place[prompt.id]!r} and {pair.group!r}; both halves would hold it"
+                )
+
+
+def _bank(config: InterpConfig, tokenizer: Any, limit: int) -> tuple[ConceptTexts, ...]:
+    """Unrelated concepts whose texts this tokenizer tells apart."""
+    if not config.concepts.bank or tokenizer is None:
+        return ()
+    rendered = ((pack.name, render(pack, tokenizer, limit)) for pack in bank_packs(config.seed))
+    return tuple(ConceptTexts(name, "named", pairs, ()) for name, pairs in rendered if len(pairs) >= 4)
+
+
+def _on_domain(
+    config: InterpConfig, tokenizer: Any, limit: int, concepts: Sequence[ConceptTexts]
+) -> tuple[LabelledTexts, ...]:
+    known = {concept.name for concept in concepts}
+    for name in config.probes.on_domain:
+        if name not in known:
+            raise ConfigError(f"probes.on_domain: expected a concept that is read ({sorted(known)}), found {name!r}")
+    return tuple(
+        LabelledTexts.from_jsonl(path, tokenizer, name=name, max_length=limit)
+        for name, path in config.probes.on_domain.items()
+        if config.probes.enabled
+    )
 
 
 def _check_names(concepts: Sequence[ConceptTexts], directions: Sequence[Direction]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from interp_rlhf.activations.hookpoints import unwrap_model
 from interp_rlhf.audit.sealing import tensor_hash
 from interp_rlhf.config import InterpConfig
+from interp_rlhf.controls import Control
 from interp_rlhf.distributed import World
 from interp_rlhf.plan import ConceptTexts, Plan
 
@@ -40,8 +41,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+#: Training arguments that say where and how a run is told of, not what is trained.
+_TELLING = frozenset({"output_dir", "run_name", "logging_dir", "disable_tqdm", "resume_from_checkpoint", "report_to"})
+
+
 def run_info(
-    config: InterpConfig, plan: Plan, model: nn.Module, tokenizer: Any, trainer_class: str, world: World
+    config: InterpConfig,
+    plan: Plan,
+    model: nn.Module,
+    tokenizer: Any,
+    trainer_class: str,
+    world: World,
+    args: Any = None,
+    control: Control | None = None,
 ) -> dict[str, Any]:
     """The JSON-ready content of ``run.json``. Hashes of texts, never texts: this file is published with the model."""
     inner = unwrap_model(model)
@@ -50,6 +62,8 @@ def run_info(
         "config": published(config),
         "versions": versions(),
         "trainer": trainer_class or None,
+        "training_sha256": None if args is None else training_hash(args),
+        "control": None if control is None else control.as_info(),
         "model": {
             "class": type(inner).__name__,
             "name": getattr(settings, "_name_or_path", "") and str(settings._name_or_path).rstrip("/").split("/")[-1],
@@ -79,6 +93,16 @@ def run_info(
     }
 
 
+def training_hash(args: Any) -> str:
+    """SHA-256 over the training arguments that change what is trained: equal for a run and its control runs."""
+    told = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in _TELLING and not name.startswith(("hub_", "push_to_hub", "log", "save_", "trackio"))
+    }
+    return _digest(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__))
+
+
 def published(config: InterpConfig) -> dict[str, Any]:
     """The config with files by their names: folders of a machine are nobody else's business."""
     settings = config.as_mapping()
@@ -86,6 +110,9 @@ def published(config: InterpConfig) -> dict[str, Any]:
     settings["prompts"]["path"] = path and Path(path).name
     for key in ("packs", "directions"):
         settings["concepts"][key] = [Path(path).name for path in settings["concepts"][key]]
+    probes = settings["probes"]
+    probes["sealed"] = probes["sealed"] and Path(probes["sealed"]).name
+    probes["on_domain"] = {name: Path(path).name for name, path in probes["on_domain"].items()}
     return settings
 
 

@@ -19,6 +19,7 @@ class InterpArguments:
 
     Attributes:
         interp: a mapping of settings, a path of a YAML file, or a preset's name. ``None`` is the preset ``observe``.
+        control: number of a control run (``InterpConfig.control``).
     """
 
     interp: str | None = field(  # a mapping under --config
@@ -26,10 +27,26 @@ class InterpArguments:
         metadata={"help": "Measurements: a YAML file or a preset's name; in a YAML config also the block itself."},
     )
 
+    control: int | None = field(
+        default=None,
+        metadata={"help": "Number of a control run: the same training without its preferences, in _controls/NN."},
+    )
+
+    def settings(self) -> InterpConfig:
+        """Both arguments as one config, for ``attach``.
+
+        Raises:
+            ConfigError: a wrong setting.
+        """
+        config = InterpConfig.resolve(self.interp)
+        if self.control is None:
+            return config
+        return InterpConfig.from_mapping({**config.as_mapping(), "control": self.control}, where="--control")
+
     def __post_init__(self) -> None:
         """A wrong block ends the program with one line and exit code 2, like a wrong argument."""
         try:
-            InterpConfig.resolve(self.interp)
+            self.settings()
         except ConfigError as error:
             print(f"interp: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -75,7 +75,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    attach(trainer, interp_args.interp)  # interp:
+    attach(trainer, interp_args.settings())  # interp:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:

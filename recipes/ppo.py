@@ -82,7 +82,7 @@ def main(
         eval_dataset=tokenize(dataset[script_args.dataset_test_split], tokenizer),
         peft_config=peft_config,
     )
-    attach(trainer, interp_args.interp)  # interp:
+    attach(trainer, interp_args.settings())  # interp:
     trainer.train()
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:

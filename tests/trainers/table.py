@@ -127,12 +127,18 @@ def lora() -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """One trainer: ``build(output_dir, model=…, lora=…, **arguments)`` gives it ready to ``train()``."""
+    """One trainer: ``build(output_dir, model=…, lora=…, **arguments)`` gives it ready to ``train()``.
+
+    ``control`` is what a control run of it scrambles, ``None`` where there is nothing; ``samples`` says whether it
+    trains on completions of its own policy.
+    """
 
     name: str
     build: Callable[..., Any]
     available: bool = True
     evaluates: bool = True
+    control: str | None = None
+    samples: bool = False
 
 
 def arguments(output_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -176,7 +182,9 @@ def _sft(output_dir: Path, *, use_lora: bool = False, model: Any = None, **chang
 def _grpo(output_dir: Path, *, use_lora: bool = False, model: Any = None, **changes: Any) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
-    args = GRPOConfig(**arguments(output_dir, num_generations=2, max_completion_length=6, beta=0.04, **changes))
+    args = GRPOConfig(
+        **arguments(output_dir, **{"num_generations": 2, "max_completion_length": 6, "beta": 0.04, **changes})
+    )
     return GRPOTrainer(
         model or causal_lm(), reward_funcs=length_reward, args=args, train_dataset=prompts(),
         eval_dataset=prompts(16), processing_class=tokenizer(), peft_config=lora() if use_lora else None,
@@ -186,7 +194,7 @@ def _grpo(output_dir: Path, *, use_lora: bool = False, model: Any = None, **chan
 def _rloo(output_dir: Path, *, use_lora: bool = False, model: Any = None, **changes: Any) -> Any:
     from trl import RLOOConfig, RLOOTrainer
 
-    args = RLOOConfig(**arguments(output_dir, num_generations=2, max_completion_length=6, **changes))
+    args = RLOOConfig(**arguments(output_dir, **{"num_generations": 2, "max_completion_length": 6, **changes}))
     return RLOOTrainer(
         model or causal_lm(), reward_funcs=length_reward, args=args, train_dataset=prompts(),
         eval_dataset=prompts(16), processing_class=tokenizer(), peft_config=lora() if use_lora else None,
@@ -265,14 +273,14 @@ def _ppo(output_dir: Path, *, use_lora: bool = False, model: Any = None, **chang
 def trainers() -> dict[str, Entry]:
     """The table. OnlineDPO needs nothing new; PPO exists up to TRL 1.12 only."""
     entries = [
-        Entry("dpo", _dpo),
+        Entry("dpo", _dpo, control="pairs swapped"),
         Entry("sft", _sft),
-        Entry("grpo", _grpo),
+        Entry("grpo", _grpo, control="rewards permuted", samples=True),
         Entry("plain", _plain),
-        Entry("ppo", _ppo, available=has_ppo(), evaluates=False),
-        Entry("rloo", _rloo),
-        Entry("kto", _kto),
-        Entry("reward", _reward),
-        Entry("online_dpo", _online_dpo, evaluates=False),
+        Entry("ppo", _ppo, available=has_ppo(), evaluates=False, control="rewards permuted", samples=True),
+        Entry("rloo", _rloo, control="rewards permuted", samples=True),
+        Entry("kto", _kto, control="labels permuted"),
+        Entry("reward", _reward, control="pairs swapped"),
+        Entry("online_dpo", _online_dpo, evaluates=False, control="rewards permuted", samples=True),
     ]
     return {entry.name: entry for entry in entries}

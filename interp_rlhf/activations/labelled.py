@@ -1,0 +1,73 @@
+"""Texts with a yes/no label each: what a probe is tried on in the training's own domain."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from interp_rlhf.activations.prompts import Prompt
+from interp_rlhf.activations.rows import row_texts
+from interp_rlhf.errors import PromptError
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTexts:
+    """Texts and their labels, one sampling unit each.
+
+    Attributes:
+        name: the concept that the label speaks of.
+        prompts: ``N`` different texts.
+        labels: ``N`` booleans; both occur.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    labels: tuple[bool, ...]
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, tokenizer: Any, *, name: str, max_length: int) -> Self:
+        """Read JSON lines with a text (columns as in ``docs/formats.md``, Prompts) and a ``label``, true or false.
+
+        Raises:
+            PromptError: an unreadable file or line, a text with both labels, labels of one class; names file and line.
+        """
+        found: dict[str, tuple[Prompt, bool]] = {}
+        for number, line in enumerate(_lines(Path(path)), start=1):
+            if not line.strip():
+                continue
+            prompt, label = _labelled(line, f"{path}, line {number}", tokenizer, max_length)
+            if found.setdefault(prompt.id, (prompt, label))[1] != label:
+                raise PromptError(f"{path}, line {number}: expected one label per text, found both for the same text")
+        labels = tuple(label for _, label in found.values())
+        true = sum(labels)
+        if true in (0, len(labels)):
+            raise PromptError(f"{path}: expected labels of both classes, found {true} true, {len(labels) - true} false")
+        return cls(name, tuple(prompt for prompt, _ in found.values()), labels)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"{path}: expected UTF-8 text, found binary data") from None
+
+
+def _labelled(line: str, place: str, tokenizer: Any, max_length: int) -> tuple[Prompt, bool]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{place}: not valid JSON ({error.msg})") from None
+    label = row.pop("label", None) if isinstance(row, dict) else None
+    if not isinstance(label, bool):
+        raise PromptError(f"{place}: expected an object with a label, true or false, found label {label!r}")
+    try:
+        texts = row_texts(row, tokenizer, max_length=max_length)
+    except (PromptError, TypeError, ValueError, KeyError) as error:
+        raise PromptError(f"{place}: {error}") from None
+    if len(texts) != 1 or len(texts[0].prompts) != 1:
+        raise PromptError(f"{place}: expected one text of at least 2 and a prompt below {max_length} tokens")
+    return texts[0].prompts[0], label
