@@ -59,7 +59,7 @@ def test_first_and_second_tokens_follow_the_softmax() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # far from uniform
     first = logits(model, 5, 6, 7).softmax(0)
-    assert first.max() > 0.15 and (first < 0.001).sum() > 10
+    assert first.max() > 0.15 and (first < 0.001).sum() > 5
     drawn = draw(model, [PROMPT], completions=n, max_new_tokens=2, batch_size=500, eos_token_ids=())
     assert chi_square_p([text.input_ids[3] for text in drawn], first) > 1e-3
     common = int(first.argmax())

@@ -102,7 +102,7 @@ def room(prompt: Prompt, max_positions: int | None) -> int:
 
 
 def ending_tokens(model: nn.Module, *, layers: str | None = None) -> tuple[int, ...]:
-    """Tokens that end a text of this model, sorted: its generation config says, else its config; empty where none do."""
+    """Tokens that end a text of this model, sorted: by its generation config, else its config; empty where none do."""
     lm: Any = layout(model, layers=layers).causal_lm
     for source in (getattr(lm, "generation_config", None), lm.config.get_text_config(decoder=True)):
         found = getattr(source, "eos_token_id", None)
