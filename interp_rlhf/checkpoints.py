@@ -48,6 +48,11 @@ def is_model_folder(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
+def short_name(path: str | Path) -> str:
+    """The last part of a folder's path or of a hub name: folders of a machine are nobody else's business."""
+    return Path(path).resolve().name if Path(path).is_dir() else Path(path).name
+
+
 def load_checkpoint(path: str | Path, *, dtype: Precision = torch.float32, base: str | Path | None = None) -> nn.Module:
     """The model of a folder in evaluation mode, on the GPU where there is one.
 

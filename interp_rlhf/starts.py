@@ -1,0 +1,253 @@
+"""θ_0, the start that checkpoints are compared with: from the files of an attached run, or read from a base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from interp_rlhf.audit.layout import FOLDER, RESERVED, TEXTS, read_run_file, run_file_name
+from interp_rlhf.audit.sealing import sha256_file
+from interp_rlhf.audit.snapshots import MANIFEST, Snapshot
+from interp_rlhf.audit.store import Run, load_run
+from interp_rlhf.audit.timeline import live_limits
+from interp_rlhf.audit.weights import COPY
+from interp_rlhf.baseline import Baseline, fit_baseline, stored_readings
+from interp_rlhf.checkpoints import Precision, load_checkpoint, load_tokenizer, model_folder, short_name
+from interp_rlhf.config import InterpConfig
+from interp_rlhf.distributed import World
+from interp_rlhf.errors import ConfigError, FormatError, PromptError
+from interp_rlhf.measurement import Measurement
+from interp_rlhf.measuring import drift_rows, start_rows
+from interp_rlhf.plan import Plan, TextTable, make_plan
+from interp_rlhf.provenance import run_info, tokenizer_hash
+from interp_rlhf.reading import Reading, read_table
+from interp_rlhf.stored_plan import load_plan
+
+Place = str | Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """θ_0 as checkpoints are compared with it.
+
+    Attributes:
+        name: what was read as the start, for messages.
+        step: optimizer steps done there, usually 0.
+        segment: segment of the run that rows belong to; 1 without a run.
+        config: the settings of the statistics and of reading.
+        plan: everything that was planned.
+        table: the texts of ``first`` and ``again``.
+        first, again: two readings of θ_0.
+        baseline: fitted on them.
+        info: what a run file says about them.
+        tokenizer: θ_0's tokenizer; ``None`` where only its hash is known.
+        precision: in which checkpoints are loaded.
+    """
+
+    name: str
+    step: int
+    segment: int
+    config: InterpConfig
+    plan: Plan
+    table: TextTable
+    first: Reading
+    again: Reading
+    baseline: Baseline
+    info: Mapping[str, Any]
+    tokenizer: Any = None
+    precision: Precision = torch.float32
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What was asked for and refused, as timeline events."""
+        return [{"event": "refused", **asdict(refusal)} for refusal in self.baseline.refused]
+
+    def rows(self, segment: int | None = None) -> tuple[Measurement, ...]:
+        """Rows of the start itself: the same weights read twice."""
+        return start_rows(self.baseline, self.config, segment or self.segment, self.step)
+
+    def compare(self, reading: Reading, step: int, segment: int | None = None) -> tuple[Measurement, ...]:
+        """Rows of a reading of the weights at ``step``, without cost."""
+        return drift_rows(self.baseline, reading, self.config, segment or self.segment, step)
+
+
+def own_run(checkpoint: Place) -> Path | None:
+    """The output folder of the attached run that a checkpoint lies in; ``None`` where there is none."""
+    folder = Path(checkpoint).resolve()
+    return next((place for place in (folder, folder.parent) if (place / FOLDER / "run.json").is_file()), None)
+
+
+def start_of_run(run: Place, checkpoint: Path | None = None) -> Start:
+    """θ_0 of an attached run, from its files: the plan, and the two readings of its first snapshot.
+
+    Args:
+        run: the output folder, or the ``interp`` folder inside.
+        checkpoint: which of its checkpoints will be compared; the newest start's line where left out.
+
+    Raises:
+        ConfigError: the plan is not there (uploads to the hub leave it out).
+        FormatError: something of the run is damaged.
+    """
+    stored = load_run(run)
+    segment = _segment(stored, checkpoint)
+    limits = live_limits(stored.segments, last=segment)
+    begins = [s for s in stored.snapshots if s.parent is None and s.step <= limits.get(s.segment, -1)]
+    if not begins:
+        raise FormatError(f"{stored.path}: no snapshot of the start of segment {segment}, so nothing to compare with")
+    file = stored.path / run_file_name(segment)
+    info = {key: value for key, value in read_run_file(file).items() if key not in RESERVED}
+    config = InterpConfig.from_mapping(info["config"], where=str(file))
+    plan = _stored_plan(stored, begins[0].segment)
+    if plan.audit.hash != info["prompts"]["sha256"]:
+        raise FormatError(f"{file}: prompts: found a plan of other audit texts, expected those of the run")
+    table = plan.table(fit=True, bank=True)
+    first, again = stored_readings(begins[0].tensors(), plan, table)
+    return Start(
+        name=stored.path.parent.name,
+        step=begins[0].step,
+        segment=segment,
+        config=config,
+        plan=plan,
+        table=table,
+        first=first,
+        again=again,
+        baseline=fit_baseline(plan, table, first, again, config),
+        info=MappingProxyType(info),
+        precision="auto",  # as they were trained
+    )
+
+
+def start_of_model(base: Place, *, config: Any, data: Place | None, like: Start | None = None) -> Start:
+    """θ_0 read from a base model, twice.
+
+    Args:
+        base: folder of the model.
+        config: settings as for ``attach``.
+        data: JSON lines that audit texts and preference pairs are drawn from.
+        like: take texts and settings from this start instead of ``config`` and ``data``.
+
+    Raises:
+        InterpError: the folder, a setting or a text is wrong; no texts were given.
+    """
+    folder = model_folder(base)
+    settings = InterpConfig.resolve(config) if like is None else like.config
+    model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
+    if like is not None:
+        _check_tokenizer(like, folder, tokenizer)
+        plan = like.baseline.plan
+    else:
+        plan = _plan_of(settings, data, model, tokenizer)
+    table = plan.table(fit=True, bank=True)
+    first = read_table(model, table, plan, settings, World())
+    again = read_table(model, table, plan, settings, World(), side="left", longest_first=False)
+    return Start(
+        name=short_name(base),
+        step=0,
+        segment=1,
+        config=settings,
+        plan=plan,
+        table=table,
+        first=first,
+        again=again,
+        baseline=fit_baseline(plan, table, first, again, settings),
+        info=MappingProxyType(run_info(settings, plan, model, tokenizer, "", World())),
+        tokenizer=tokenizer,
+    )
+
+
+def _plan_of(settings: InterpConfig, data: Place | None, model: torch.nn.Module, tokenizer: Any) -> Plan:
+    """The plan of a run on a file's rows."""
+    source = settings.prompts.source
+    if data is None and source != "named":
+        raise ConfigError("data: expected JSON lines of prompts or pairs, or prompts.source: named; found neither")
+    rows = None if data is None else read_rows(data)
+    train, evaluation = (None, rows) if source == "evaluation" else (rows, None)
+    try:
+        plan = make_plan(settings, model, tokenizer, train_dataset=train, eval_dataset=evaluation)
+    except PromptError as error:
+        raise PromptError(f"{data}: {error}" if data is not None else str(error)) from None
+    return plan if data is None or source == "named" else replace(plan, audit=replace(plan.audit, name=Path(data).name))
+
+
+def read_rows(path: Place) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, blank lines skipped.
+
+    Raises:
+        PromptError: missing, empty or damaged; names file and line.
+    """
+    path, rows = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise PromptError(f"{path}, line {number}: not valid JSON") from None
+        if not isinstance(row, dict):
+            raise PromptError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    if not rows:
+        raise PromptError(f"{path}: expected at least one prompt, found an empty file")
+    return rows
+
+
+def _segment(run: Run, checkpoint: Path | None) -> int:
+    """The segment that wrote a checkpoint, by the snapshot beside its weights; else the newest."""
+    copy = None if checkpoint is None else checkpoint / COPY
+    if copy is not None and (copy / MANIFEST).is_file():
+        snapshot = Snapshot.load(copy)
+        if any(known.digest == snapshot.digest for known in run.snapshots):
+            return snapshot.segment
+    return run.segments[-1].number
+
+
+def _stored_plan(run: Run, segment: int) -> Plan:
+    name = f"{segment:02d}-plan.jsonl"
+    path = run.path.parent / TEXTS / name
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: not there (uploads to the hub leave out {TEXTS}/), expected the folder that the trainer wrote; "
+            "without it give base and data"
+        )
+    told = [event.get("sha256") for event in run.events if event["event"] == "texts" and event.get("texts") == name]
+    if told and sha256_file(path) not in told:
+        raise FormatError(f"{path}: found other bytes than the timeline tells of")
+    return load_plan(path)
+
+
+# ------------------------------------------------------------------------------------------------------ the checkpoint
+
+
+def read_checkpoint(start: Start, checkpoint: Place, *, base: Place | None = None) -> Reading:
+    """Read a checkpoint on the start's texts (those of its baseline).
+
+    Args:
+        base: the base that an adapter is put on, instead of the one that it names.
+
+    Raises:
+        ConfigError: another tokenizer than the start's, or no model there.
+    """
+    folder = model_folder(checkpoint)
+    _check_tokenizer(start, folder, load_tokenizer(folder))
+    model = load_checkpoint(folder, dtype=start.precision, base=base)
+    return read_table(model, start.baseline.table, start.baseline.plan, start.config, World())
+
+
+def _check_tokenizer(start: Start, folder: Path, tokenizer: Any) -> None:
+    """The plan's texts are token ids: under another tokenizer they would be other texts."""
+    found, expected = tokenizer_hash(tokenizer), start.info["tokenizer_sha256"]
+    if None not in (found, expected) and found != expected:
+        raise ConfigError(
+            f"{folder}: tokenizer: found {str(found)[:12]}…, expected {expected[:12]}…, that of {start.name}; under "
+            "another tokenizer the same token ids are other texts"
+        )
