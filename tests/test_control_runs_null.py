@@ -16,9 +16,9 @@ from interp_rlhf.errors import MeasurementError
 
 def test_rank_by_brute_force() -> None:
     generator = np.random.default_rng(0)
-    for k in (1, 3, 18, 19, 20, 40):
+    for k in (1, 3, 18, 19, 20, 100):
         controls = generator.normal(size=k).round(1).tolist()  # rounded: ties
-        for value in [*generator.normal(0, 2, size=50).round(1), 0.0, 10.0]:
+        for value in [*generator.normal(0, 2, size=50).round(1), 0.0, 10.0, *controls, *(c + 0.05 for c in controls)]:
             found = control_rank(float(value), controls)
             assert found.k == k
             assert found.p == (1 + sum(abs(c) >= abs(value) for c in controls)) / (k + 1)

@@ -10,8 +10,9 @@ import torch
 from scipy import stats
 from shape_checked import checked
 
-from interp_rlhf.drift.concepts import comparison_drifts, standardised_drift
+from interp_rlhf.drift.concepts import comparison_drifts, cosine_band, specificity_estimates, standardised_drift
 from interp_rlhf.errors import MeasurementError
+from scripts.null_replicates import NULLS, replicate
 
 nulls = checked("interp_rlhf.drift.nulls")
 
@@ -135,6 +136,101 @@ def test_rank_p_finds_a_concept_that_moved() -> None:
     null = comparison_drifts(x0, xt, directions)
     assert nulls.rank_p(value, null) == 1 / 201
     assert value > nulls.direction_band(null)[1]
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_every_null_finds_5_percent_where_it_holds(name: str) -> None:
+    """300 of the replicates that scripts/stress_nulls takes 2000 of."""
+    row, passed = replicate(name, 300)
+    assert passed, row
+
+
+def test_replicates_tell_a_null_that_does_not_hold(monkeypatch) -> None:
+    for wrong in (lambda g: g.uniform() ** 1.5, lambda g: g.uniform(0.04, 1), lambda g: 0.5 + 0.5 * g.uniform()):
+        monkeypatch.setitem(NULLS, "wrong", wrong)
+        assert not replicate("wrong", 300)[1]
+
+
+def moved_readings(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Readings ``[64, 20]`` and later ones, which moved most along the first principal component; that component."""
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(64, 20, generator=generator) * torch.tensor([8.0, *[1.0] * 19]) + 3
+    top = torch.eye(20)[0]
+    return x0, x0 + 0.2 * torch.randn(64, 20, generator=generator) + 4 * top, top
+
+
+def test_specificity_against_numpy() -> None:
+    x0, xt, _ = moved_readings(20)
+    v, *bank = torch.nn.functional.normalize(torch.randn(26, 20, generator=torch.Generator().manual_seed(21)), dim=1)
+    without_top = nulls.covariance_directions(x0, 250, 22, drop_top=True)
+    found = specificity_estimates(x0, xt, v, without_top, torch.stack(bank), 0.9)
+    a, b = x0.double().numpy(), xt.double().numpy()
+
+    def drift(w: torch.Tensor) -> float:
+        w = w.double().numpy()
+        return float(((b - a) @ w).mean() / (a @ w).std(ddof=1))
+
+    for kind, directions in (("directions_without_top", without_top), ("concept_bank", bank)):
+        row, null = found.pop(f"specificity/{kind}"), np.sort([abs(drift(w)) for w in directions])
+        k = len(null)
+        assert row.value == pytest.approx(drift(v))
+        assert row.p == (1 + (null >= abs(drift(v))).sum()) / (k + 1)
+        assert row.null_high == -row.null_low == pytest.approx(null[math.ceil(round(0.9 * (k + 1), 9)) - 1])
+        assert (row.null_kind, row.n, row.unit, row.tier) == (kind, 64, "sd", "B")
+    assert not found
+
+
+def test_a_movement_along_the_common_component_is_specific_only_without_it() -> None:
+    """All directions share the top component that moved; those without it have nothing of it."""
+    x0, xt, top = moved_readings(23)
+    v = torch.nn.functional.normalize(top + 0.3 * torch.eye(20)[1], dim=0)
+    value = float(standardised_drift(x0, xt, v).mean())
+    assert nulls.rank_p(value, comparison_drifts(x0, xt, nulls.covariance_directions(x0, 250, 24))) > 0.05
+    without_top = nulls.covariance_directions(x0, 250, 24, drop_top=True)
+    found = specificity_estimates(x0, xt, v, without_top, None)
+    assert list(found) == ["specificity/directions_without_top"]
+    assert found["specificity/directions_without_top"].p == 1 / 251
+    assert found["specificity/directions_without_top"].null_high < value
+
+
+@pytest.mark.parametrize(("b", "band"), [(18, False), (19, True)])
+def test_a_small_bank_has_p_but_no_band(b: int, band: bool) -> None:
+    x0, xt, top = moved_readings(25)
+    row = specificity_estimates(x0, xt, top, None, torch.eye(20)[1:2].repeat(b, 1))["specificity/concept_bank"]
+    assert row.p == 1 / (b + 1) and row.null_kind == "concept_bank"
+    assert (row.null_high is not None) == (row.null_low is not None) == band
+    assert specificity_estimates(x0, xt, top, None, None) == {}
+
+
+def test_refit_band_against_numpy_and_attached_to_the_cosine() -> None:
+    from interp_rlhf.drift.concepts import refit_cosine_estimate
+
+    generator = torch.Generator().manual_seed(26)
+    positive, negative = torch.randn(40, 12, generator=generator) + 0.4, torch.randn(40, 12, generator=generator)
+    low, high = cosine_band(positive, negative, resamples=4000, confidence=0.9, seed=27)
+    difference, drawer = (positive - negative).double().numpy(), np.random.default_rng(28)
+    start, cosines = difference.mean(0), []
+    for _ in range(4000):
+        refit = difference[drawer.integers(0, 40, 40)].mean(0)
+        cosines.append(refit @ start / np.linalg.norm(refit) / np.linalg.norm(start))
+    assert low == pytest.approx(np.quantile(cosines, 0.1), abs=0.01)
+    assert high == 1.0 and 0.5 < low < 0.99
+    options = {"resamples": 500, "confidence": 0.9, "seed": 27}
+    row = refit_cosine_estimate(positive, negative, positive + 0.1, negative, **options)
+    assert (row.null_kind, row.p) == ("refit", None)
+    assert (row.null_low, row.null_high) == cosine_band(positive, negative, **options)
+
+
+def test_refit_band_narrows_with_pairs_and_closes_without_noise() -> None:
+    generator = torch.Generator().manual_seed(29)
+    noise = torch.randn(400, 12, generator=generator)
+    few, many = (cosine_band(noise[:n] + 0.4, torch.zeros(n, 12))[0] for n in (20, 400))
+    assert few < many < 1
+    assert cosine_band(torch.ones(8, 3), torch.zeros(8, 3)) == (pytest.approx(1.0), 1.0)
+    with pytest.raises(MeasurementError, match=r"sides of one shape"):
+        cosine_band(torch.ones(8, 3), torch.ones(9, 3))
+    with pytest.raises(MeasurementError, match="finite"):
+        cosine_band(torch.ones(8, 3), torch.ones(8, 3))
 
 
 def test_numeric_band_holds_every_reading_and_every_mean_of_them() -> None:

@@ -126,6 +126,8 @@ def test_columns_without_spread() -> None:
     assert everything_zero.p.tolist() == [1, 1, 1] and everything_zero.t.tolist() == [0, 0, 0]
     only = sign_flips.max_t(torch.full((40, 1), 0.1))
     assert float(only.p[0]) == 1 / 2001 and float(only.t[0]) > only.critical
+    exact = sign_flips.max_t(torch.ones(16, 1))  # no rounding at all: SD exactly 0
+    assert float(exact.t[0]) == pytest.approx(math.sqrt(15) * 2**23)
 
 
 def test_a_flip_that_gives_the_same_t_counts_whatever_the_order_of_summing() -> None:
