@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from interp_rlhf.audit.store import RunStore
 from interp_rlhf.measurement import COLUMNS, Measurement
+from interp_rlhf.report.controls import Controls, ControlTable
+from interp_rlhf.report.rows import current
 
 HOOKPOINTS = tuple(f"layers.{layer}.resid_post" for layer in (0, 1, 2, 3))
 
@@ -144,3 +147,102 @@ def _chain(steps: Sequence[int]) -> list[SyntheticSnapshot]:
         SyntheticSnapshot(name, 1, step, f"{step:064x}", parent)
         for name, step, parent in zip(names, steps, [None, *names[:-1]], strict=False)
     ]
+
+
+def with_panels(run: SyntheticRun) -> SyntheticRun:
+    """The run with rows of every further kind at its last step: nulls, probes, sampled completions, quadrant.
+
+    The bank holds concept 2 as like it; θ_0 was not kept for concept 3, whose representation part is missing.
+    """
+    last = max(r.step for r in run.rows)
+    drifts = [r for r in run.rows if r.metric == "concept/drift" and r.step == last]
+    rows: list[Measurement] = []
+    concepts = list(dict.fromkeys(r.readout for r in drifts))
+    for drift in drifts:
+        index, at = concepts.index(drift.readout), (drift.readout, drift.hookpoint, last)
+        wide = 9.0 if index == 2 else 0.3
+        rows += [
+            row("specificity/directions_without_top", *at, drift.value, unit="sd",
+                null_kind="directions_without_top", null_low=-0.25, null_high=0.25, p=0.01),
+            row("specificity/concept_bank", *at, drift.value, unit="sd", null_kind="concept_bank", null_low=-wide,
+                null_high=wide, p=0.03),
+            row("concept/drift_t", *at, 9 * drift.value, null_kind="sign_flip", null_low=-3.0, null_high=3.0, p=0.002),
+        ]  # fmt: skip
+        rows += _probe_rows(at, 0.2 * abs(drift.value)) + _rollout_rows(at, drift.value, reference=index != 3)
+    for name in concepts:
+        for share, part in (("honest", 0.5), ("blatant", 0.25), ("obfuscated_policy", 0.125),
+                            ("obfuscated_activations", 0.0625), ("unknown", 0.0625)):  # fmt: skip
+            rows.append(row(f"quadrant/{share}", name, HOOKPOINTS[-1], last, part, text="rollout", tier="C"))
+    run.rows, run.superseded = [*run.rows, *rows], [*run.superseded, *[False] * len(rows)]
+    return run
+
+
+def _probe_rows(at: tuple[str, str, int], lost: float) -> list[Measurement]:
+    def probe(name: str, value: float, **changes: Any) -> Measurement:
+        return row(f"probe/{name}", *at, value, **({"tier": "C"} | changes))
+
+    return [
+        probe("auc", 0.9 - lost, ci_low=0.8 - lost, ci_high=0.95 - lost),
+        probe("auc", 0.9, ci_low=0.8, ci_high=0.95, reader="reference"),
+        probe("auc_refit", 0.88, ci_low=0.8, ci_high=0.95),
+        probe("staleness", lost - 0.02, null_kind="refit", null_low=-0.03, null_high=0.03),
+        probe("obfuscation_gap", lost),
+        probe("obfuscation_excess", lost - 0.02),
+        probe("recall", 0.8 - lost),
+        probe("baseline_tokens", 0.6),
+        probe("baseline_length", 0.55),
+        probe("baseline_shuffled", 0.5),
+    ]
+
+
+def _rollout_rows(at: tuple[str, str, int], value: float, *, reference: bool) -> list[Measurement]:
+    def shift(name: str, part: float) -> Measurement:
+        interval = {"ci_low": part - 0.1, "ci_high": part + 0.1}
+        return row(f"shift/{name}", *at, part, text="rollout", unit="sd", n=32, **interval)
+
+    parts = [shift("total", value), shift("text", 0.4 * value)]
+    kept = [shift("representation", 0.6 * value), shift("representation_on_start", 0.5 * value),
+            shift("interaction", 0.1 * value)]  # fmt: skip
+    return parts + (kept if reference else [])
+
+
+def control_rows(
+    run: SyntheticRun, *, scale: float = 0.2, seed: int = 0, metrics: Sequence[str] = ("concept/drift",)
+) -> list[Measurement]:
+    """Rows of a control run of ``run``: its drifts, shrunk to random numbers of about ``scale`` SD."""
+    rng = random.Random(seed)
+    factor = {name: rng.gauss(0, scale) for name in sorted({r.readout for r in run.rows})}
+    last, found = max(r.step for r in run.rows), []
+    for r in run.rows:
+        if r.metric in metrics:
+            value = factor[r.readout] * r.step / last + rng.gauss(0, 0.01) * (r.step > 0)
+            found.append(replace(r, value=value, ci_low=value - 0.05, ci_high=value + 0.05))
+    return found
+
+
+def controls_of(run: SyntheticRun, k: int, **changes: Any) -> Controls:
+    """``k`` control runs of ``run`` that may be compared, without files."""
+    tables = []
+    for number in range(1, k + 1):
+        rows = control_rows(run, seed=number, **changes)
+        table = current(SyntheticRun(Path("control"), {}, rows, [False] * len(rows)).timeline())
+        tables.append(ControlTable(f"{number:02d}", "pairs swapped", table))
+    return Controls(tuple(tables))
+
+
+def store_run(
+    folder: Path, info: Mapping[str, Any], rows: Sequence[Measurement], events: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write rows and events as a run of ``folder``, with a run file and a timeline."""
+    store = RunStore(folder)
+    store.start(info, resumed_from=None)
+    store.append(rows)
+    for event in events:
+        store.event(event["event"], **{name: part for name, part in event.items() if name != "event"})
+
+
+def store_controls(run: SyntheticRun, k: int, folder: Path, **changes: Any) -> None:
+    """Write ``k`` control runs of ``run`` below ``folder/_controls``."""
+    for number in range(1, k + 1):
+        info = {**run.info, "control": {"number": number, "kind": "pairs swapped", "changed": 12}}
+        store_run(folder / "_controls" / f"{number:02d}", info, control_rows(run, seed=number, **changes))

@@ -27,7 +27,10 @@ LAYERS = {
     "readouts": ({"trl", "accelerate", "deepspeed", "transformers"}, {"readouts", "activations"}),
     "drift": ({"trl", "accelerate", "deepspeed", "transformers"}, {"drift", "readouts", "activations"}),
     "audit": ({"trl", "accelerate", "deepspeed", "transformers"}, {"audit", "config", "readouts", "activations"}),
-    "report": ({"trl", "accelerate", "deepspeed", "transformers", "torch"}, {"report", "audit", "config"}),
+    "report": (
+        {"trl", "accelerate", "deepspeed", "transformers", "torch"},
+        {"report", "audit", "config", "drift.control_runs"},
+    ),
 }
 MAY_IMPORT_SEAM = {"interp_rlhf", "interp_rlhf.cli", "interp_rlhf.demo"}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from interp_rlhf.report.tables import CAVEAT, Finding, NotMeasured, Summary
+from interp_rlhf.report.tables import NotMeasured, Summary
+from interp_rlhf.report.verdicts import VERDICTS, Finding, Verdict
 
 
 def render_text(summary: Summary, *, limit: int = 6) -> str:
@@ -19,11 +20,12 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
     percent = f"{100 * summary.confidence:g} %"
     lines = [
         f"interp_rlhf: {summary.steps} measurements, the last at step {summary.step}.",
-        f"Drift: standard deviations (SD) of step 0, {percent} intervals, at the hookpoint where it is largest;",
-        "* = outside the band of comparable directions.",
+        f"Drift: standard deviations (SD) of step 0, {percent} intervals, at the hookpoint where it is largest.",
     ]
-    lines += _section(f"Moved beyond ±{summary.tolerance:g} SD on these texts", summary.moved, limit)
-    lines += _section("Not detected", summary.not_detected, limit)
+    for verdict in VERDICTS:
+        findings = [f for f in summary.findings if f.verdict == verdict]
+        if findings or verdict in ("moved", "not detected"):
+            lines += _section(_title(verdict, summary), findings, limit)
     for title, rows in (
         ("Representation moved, no change of behaviour detected", summary.moved_without_behaviour),
         ("Behaviour changed, no drift detected", summary.behaviour_without_moved),
@@ -32,11 +34,22 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
             more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
             lines.append(f"{title}: {', '.join(f.readout for f in rows[:limit])}{more}.")
     lines += _missing_lines(summary, limit)
+    lines += _control_lines(summary, limit)
     lines += _representation_lines(summary)
     if summary.cost is not None:
         lines.append(f"Measuring took {100 * summary.cost.value:.1f} % of the time.")
-    lines.append("After almost any training most directions move; only those marked * moved more than comparable ones.")
-    return "\n".join([*lines, CAVEAT])
+    lines.append("After almost any training most directions move; only specific ones moved more than comparable ones.")
+    return "\n".join([*lines, summary.controls.caveat])
+
+
+def _title(verdict: Verdict, summary: Summary) -> str:
+    delta = f"±{summary.tolerance:g} SD"
+    return {
+        "attributable": "Attributable to the preferences (specific, and further than in the control runs)",
+        "specific": f"Specific (moved beyond {delta}, and further than everything it was compared with)",
+        "moved": f"Moved beyond {delta} on these texts, but not specific",
+        "not detected": "Not detected",
+    }[verdict]
 
 
 def _section(title: str, findings: Sequence[Finding], limit: int) -> list[str]:
@@ -50,16 +63,38 @@ def _section(title: str, findings: Sequence[Finding], limit: int) -> list[str]:
 
 def _finding_line(finding: Finding, names: int, where: int) -> str:
     low, high = finding.interval
-    mark = "*" if finding.outside_at else " "
     number = f"{finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}]"
-    text = f"  {mark} {finding.readout:<{names}}  {number}  {finding.hookpoint:<{where}}"
-    if not finding.moved_at:
-        floor = "no drift: inside the numeric floor; " if finding.within_floor else ""
-        text += f"  ({floor}smallest detectable {finding.detectable:.2f})"
+    text = f"  {finding.readout:<{names}}  {number}  {finding.hookpoint:<{where}}{_because(finding)}"
     if finding.behaviour is not None:
         changed = {True: "changed", False: "no change detected", None: "no interval"}[finding.behaviour_changed]
         text += f"  behaviour {finding.behaviour.value:+.2f} nats, {changed}"
     return text.rstrip()
+
+
+def _because(finding: Finding) -> str:
+    """Why the verdict is no stronger, or what carries it."""
+    check = finding.control
+    if finding.verdict == "not detected":
+        floor = "no drift: inside the numeric floor; " if finding.within_floor else ""
+        return f"  ({floor}smallest detectable {finding.detectable:.2f})"
+    if finding.verdict == "moved":
+        like = f"like {' and '.join(finding.not_beaten)}"
+        return f"  ({like if finding.not_beaten else 'nothing to compare it with'})"
+    if check is None:
+        return ""
+    return f"  (p = {check.rank.p:.2g} against {_runs(check.rank.k)}, {check.family.p:.2g} over all concepts)"
+
+
+def _runs(k: int) -> str:
+    return f"{k} control run{'' if k == 1 else 's'}"
+
+
+def _control_lines(summary: Summary, limit: int) -> list[str]:
+    left_out = summary.controls.left_out
+    if not left_out:
+        return []
+    lines = ["Control runs left out:", *(f"  {name}: {reason}" for name, reason in left_out[:limit])]
+    return lines + ([f"  … and {len(left_out) - limit} more"] if len(left_out) > limit else [])
 
 
 def _missing_lines(summary: Summary, limit: int) -> list[str]:

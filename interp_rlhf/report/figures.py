@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from interp_rlhf.errors import InterpError
-from interp_rlhf.report.tables import COST, REPRESENTATION, Finding, natural
+from interp_rlhf.report.rows import COST, REPRESENTATION, natural
+from interp_rlhf.report.verdicts import Finding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,14 +54,22 @@ class Panel:
     min_width: int = 0
 
 
-def drift_panels(table: pd.DataFrame, concepts: Sequence[str], tolerance: float) -> list[Panel]:
-    """Drift (SD) against step, one panel per hookpoint: line, interval, band of comparable directions, ±tolerance."""
+def drift_panels(
+    table: pd.DataFrame, concepts: Sequence[str], tolerance: float, controls: Sequence[pd.DataFrame] = ()
+) -> list[Panel]:
+    """Drift (SD) against step, one panel per hookpoint: line, interval, band of comparable directions, ±tolerance.
+
+    Control runs, given by their current rows, are thin grey lines behind.
+    """
     rows = table[table["metric"] == "concept/drift"]
+    behind = _control_lines(controls)
     panels = []
     for index, hookpoint in enumerate(hookpoints_of(table)):
         here = rows[rows["hookpoint"] == hookpoint]
         if len(here):
-            figure = _figure("drift (SD of step 0)", height=250)
+            figure = new_figure("drift (SD of step 0)", height=250)
+            figure.add_traces([behind[name, hookpoint] | {"meta": place, "visible": place == 0}
+                               for place, name in enumerate(concepts) if (name, hookpoint) in behind])  # fmt: skip
             shown = _add_concepts(figure, here, concepts, index)
             _mark_resumes(figure, table)
             for level in (-tolerance, tolerance):
@@ -78,7 +87,7 @@ def behaviour_panels(table: pd.DataFrame, concepts: Sequence[str]) -> list[Panel
     ):
         rows = table[table["metric"] == metric]
         if len(rows):
-            figure = _figure(axis, height=250)
+            figure = new_figure(axis, height=250)
             shown = _add_concepts(figure, rows, concepts, len(COLOURS) - 1)
             _mark_resumes(figure, table)
             panels.append(Panel(title, figure, shown))
@@ -92,7 +101,7 @@ def representation_panels(table: pd.DataFrame) -> list[Panel]:
         rows = table[table["metric"] == metric]
         if not len(rows):
             continue
-        figure = _figure(metric.split("/")[1].replace("_", " "), height=290)
+        figure = new_figure(metric.split("/")[1].replace("_", " "), height=290)
         for index, hookpoint in enumerate(hookpoints_of(table)):
             here = rows[rows["hookpoint"] == hookpoint].sort_values("step")
             if len(here):
@@ -108,7 +117,7 @@ def cost_panel(table: pd.DataFrame) -> Panel | None:
     rows = table[table["metric"] == COST].sort_values("step")
     if not len(rows):
         return None
-    figure = _figure("time spent measuring (%)", height=220)
+    figure = new_figure("time spent measuring (%)", height=220)
     figure.add_trace(_line(rows.assign(value=100 * rows["value"]), _style(0), name="cost"))
     _mark_resumes(figure, table)
     figure.update_yaxes(rangemode="tozero")
@@ -120,7 +129,7 @@ def ranking_panel(findings: Sequence[Finding], tolerance: float) -> Panel | None
     if not findings:
         return None
     ranked = sorted(findings, key=lambda f: (abs(f.value), f.readout))
-    figure = _figure("", height=130 + 30 * max(len(ranked), 2))
+    figure = new_figure("", height=130 + 30 * max(len(ranked), 2))
     for place, finding in enumerate(ranked):
         if finding.band is not None:
             low, high = finding.band
@@ -135,7 +144,7 @@ def ranking_panel(findings: Sequence[Finding], tolerance: float) -> Panel | None
     for level in (-tolerance, tolerance):
         figure.add_vline(level, line={"color": INK, "width": 1, "dash": "dot"}, opacity=0.5)
     figure.update_xaxes(title="drift (SD of step 0)", zeroline=True, zerolinecolor=INK, rangemode="normal")
-    _name_axis(figure, [f.readout for f in ranked])
+    name_axis(figure, [f.readout for f in ranked])
     figure.update_layout(
         showlegend=True,
         barmode="overlay",
@@ -162,14 +171,14 @@ def heatmap_panel(table: pd.DataFrame, concepts: Sequence[str], step: int | None
         i, j = places[name], where.index(hookpoint)
         grid[i][j], text[i][j] = float(value), f"{value:+.2f}{'*' if out else ''}".replace("-", "−")
     limit = float(rows["value"].abs().max()) or 1.0
-    figure = _figure("", height=110 + 26 * len(names))
+    figure = new_figure("", height=110 + 26 * len(names))
     figure.add_heatmap(
         z=grid, text=text, texttemplate="%{text}", zmin=-limit, zmax=limit, xgap=2, ygap=2, hoverongaps=False,
         hovertemplate="%{y} · %{x}<br>%{text} SD<extra></extra>", textfont={"size": 12},
         colorscale=[[0, "#b35806"], [0.25, "#fdb863"], [0.5, "#f7f7f7"], [0.75, "#92a8d1"], [1, "#2c4f9e"]],
         colorbar={"title": {"text": "SD"}, "thickness": 10, "outlinewidth": 0},
     )  # fmt: skip
-    _name_axis(figure, names)
+    name_axis(figure, names)
     figure.update_xaxes(
         title=None, tickvals=list(range(len(where))), ticktext=[label(h, 24) for h in where], side="top",
         showgrid=False, tickangle=0 if len(where) <= 4 else -35, ticks="",
@@ -189,7 +198,12 @@ def label(name: str, width: int = 30) -> str:
     return html.escape(short, quote=False).replace("%", "&#37;")
 
 
-def _figure(y_title: str, *, height: int) -> go.Figure:
+def new_figure(y_title: str, *, height: int) -> go.Figure:
+    """An empty figure in the page's style.
+
+    Raises:
+        InterpError: plotly is not installed.
+    """
     try:
         import plotly.graph_objects as go
     except ImportError:
@@ -252,6 +266,28 @@ def _add_concepts(figure: go.Figure, rows: pd.DataFrame, concepts: Sequence[str]
     return tuple(shown)
 
 
+def _control_lines(controls: Sequence[pd.DataFrame]) -> dict[tuple[str, str], dict[str, Any]]:
+    """One trace per concept and hookpoint with the lines of all control runs, NaN between two of them."""
+    import numpy as np
+
+    pieces: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+    for control in controls:
+        drifts = control[control["metric"] == "concept/drift"].sort_values("step")
+        for (readout, hookpoint), rows in drifts.groupby(["readout", "hookpoint"], sort=False):
+            steps, values = _steps(rows), _floats(rows["value"])
+            piece = (np.append(steps, steps[-1:]), np.append(values, np.float32("nan")))
+            pieces.setdefault((str(readout), str(hookpoint)), []).append(piece)
+    line = {"color": "rgba(90,98,110,0.45)", "width": 0.8}
+    return {
+        place: {
+            "type": "scatter", "mode": "lines", "name": "control runs", "hoverinfo": "skip", "line": line,
+            "connectgaps": False,
+            "x": np.concatenate([x for x, _ in found]), "y": np.concatenate([y for _, y in found]),
+        }
+        for place, found in pieces.items()
+    }  # fmt: skip
+
+
 def _ribbon(rows: pd.DataFrame, low: str, high: str, fill: str, edge: str) -> dict[str, Any]:
     import numpy as np
 
@@ -291,7 +327,8 @@ def _ranking_trace(chosen: Sequence[tuple[int, Finding]], filled: bool, name: st
     }  # fmt: skip
 
 
-def _name_axis(figure: go.Figure, names: Sequence[str]) -> None:
+def name_axis(figure: go.Figure, names: Sequence[str]) -> None:
+    """Names along the y axis, the first one at the bottom."""
     figure.update_yaxes(
         title=None, tickvals=list(range(len(names))), ticktext=[label(name) for name in names],
         range=[-0.6, len(names) - 0.4], zeroline=False, showgrid=False, ticks="",
@@ -307,9 +344,14 @@ def _mark_resumes(figure: go.Figure, table: pd.DataFrame) -> None:
         )  # fmt: skip
 
 
-def drift_ranges(table: pd.DataFrame, concepts: Sequence[str], tolerance: float) -> list[tuple[float, float]]:
+def drift_ranges(
+    table: pd.DataFrame, concepts: Sequence[str], tolerance: float, controls: Sequence[pd.DataFrame] = ()
+) -> list[tuple[float, float]]:
     """One y-range per concept, shared by its drift panels so that hookpoints can be compared by eye."""
-    rows = table[table["metric"] == "concept/drift"]
+    import pandas as pd
+
+    everything = pd.concat([table, *controls]) if controls else table
+    rows = everything[everything["metric"] == "concept/drift"]
     columns = ["value", "ci_low", "ci_high", "null_low", "null_high"]
     lows = rows[columns].astype(float).min(axis=1).groupby(rows["readout"]).min().to_dict()
     highs = rows[columns].astype(float).max(axis=1).groupby(rows["readout"]).max().to_dict()

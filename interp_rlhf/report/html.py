@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from interp_rlhf.audit.sealing import safe_name
 from interp_rlhf.errors import FormatError, InterpError
-from interp_rlhf.measurement import Measurement
-from interp_rlhf.report import figures
-from interp_rlhf.report.tables import CAVEAT, Summary, current, measurements, natural, outside_band, summarise
+from interp_rlhf.report import figures, panels
+from interp_rlhf.report.controls import find_controls
+from interp_rlhf.report.grids import PROBES, QUADRANT, READINGS, SHIFT, Grid, grid
+from interp_rlhf.report.rows import current, latest, measurements
+from interp_rlhf.report.tables import Summary, summarise
+from interp_rlhf.report.verdicts import VERDICTS
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from interp_rlhf.audit.store import Run
-
-#: Metrics of the table of all concept readings, in column order, with their headings.
-CONCEPT_COLUMNS: tuple[tuple[str, str], ...] = (
-    ("concept/drift", "drift (SD)"),
-    ("concept/drift_norm", "drift / ‖h‖"),
-    ("concept/auc", "held-out AUC"),
-    ("concept/cosine", "cosine, refitted"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,14 +74,21 @@ def write_report(run: Run, path: str | Path, *, texts: bool = False) -> Path:
 def render_report(run: Run, *, texts: bool = False) -> str:
     """The page of :func:`write_report` as a string."""
     template = _template()
-    table = current(run.timeline())
+    timeline, controls = run.timeline(), find_controls(run)
+    table = current(timeline)
     tolerance, confidence = _statistics(run)
-    summary = summarise(table, run.events, tolerance=tolerance, confidence=confidence)
+    summary = summarise(table, run.events, tolerance=tolerance, confidence=confidence, controls=controls)
     concepts = _concept_order(table, summary)
-    context = _figures(table, concepts, summary) | _numbers(table, concepts, summary) | _provenance(run)
+    grids = _grids(timeline, concepts, summary)
+    behind = [control.table for control in controls.used] if summary.controls.k else []
+    context = _figures(table, concepts, summary, grids, behind) | grids | _provenance(run)
+    verdicts = [finding.verdict for finding in summary.findings]
     return template.render(
-        summary=summary, concepts=concepts, caveat=CAVEAT, texts=_texts(run) if texts else None,
-        segments=sorted(int(s) for s in table["segment"].unique()), outside_band=outside_band, **context,
+        summary=summary, concepts=concepts, caveat=summary.controls.caveat, texts=_texts(run) if texts else None,
+        segments=sorted(int(s) for s in table["segment"].unique()), titles=figures.REPRESENTATION_TITLES,
+        tally={verdict: verdicts.count(verdict) for verdict in VERDICTS}, **context,
+        further_nulls=any(len(finding.nulls) > 1 for finding in summary.findings),
+        shift_reasons=[m.reason for m in summary.not_measured if m.what.startswith(("shift", "rollout"))],
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def _template() -> Any:
         message = f"the report needs {missing}, which is not installed: pip install interp-rlhf[report]"
         raise InterpError(message) from None
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -107,8 +110,11 @@ def _template() -> Any:
     )
     environment.filters["repr"] = repr
     environment.globals["plotly_js"] = plotly.offline.get_plotlyjs()
-    source = (resources.files("interp_rlhf") / "report" / "template.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template("template.html.j2")
+
+
+def _source(name: str) -> str:
+    return (resources.files("interp_rlhf") / "report" / name).read_text(encoding="utf-8")
 
 
 def _statistics(run: Run) -> tuple[float, float]:
@@ -129,19 +135,38 @@ def _concept_order(table: pd.DataFrame, summary: Summary) -> list[str]:
     return [*names, *sorted(rest)]
 
 
-def _figures(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> dict[str, Any]:
-    findings = (*summary.moved, *summary.not_detected)
+def _grids(timeline: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> dict[str, Grid]:
+    table = current(timeline)
+    return {
+        "readings": grid(measurements(table[table["step"] == summary.step]), READINGS, concepts),
+        "probes": grid(latest(timeline, "probe"), PROBES, concepts),
+        "shift": grid(latest(timeline, "shift"), SHIFT, concepts, keep=True),
+        "quadrant": grid(latest(timeline, "quadrant"), QUADRANT, concepts, keep=True),
+    }
+
+
+def _figures(
+    table: pd.DataFrame,
+    concepts: Sequence[str],
+    summary: Summary,
+    grids: Mapping[str, Grid],
+    controls: Sequence[pd.DataFrame],
+) -> dict[str, Any]:
+    findings = summary.findings
     single = {
         "ranking": figures.ranking_panel(findings, summary.tolerance),
         "heatmap": figures.heatmap_panel(table, concepts, summary.step) if findings else None,
+        "controls": panels.control_panel(findings),
+        "quadrant": panels.quadrant_panel(grids["quadrant"]),
         "cost": figures.cost_panel(table),
     }
     groups = {
-        "drift": figures.drift_panels(table, concepts, summary.tolerance),
+        "drift": figures.drift_panels(table, concepts, summary.tolerance, controls),
         "behaviour": figures.behaviour_panels(table, concepts),
+        "shift": panels.shift_panels(grids["shift"]),
         "representation": figures.representation_panels(table),
     }
-    ranges = figures.drift_ranges(table, concepts, summary.tolerance)
+    ranges = figures.drift_ranges(table, concepts, summary.tolerance, controls)
     return {
         "single": {name: _chart(name, panel) for name, panel in single.items() if panel is not None},
         "groups": {name: [_chart(f"{name}-{i}", p) for i, p in enumerate(group)] for name, group in groups.items()},
@@ -169,21 +194,6 @@ def _script_json(text: str) -> Any:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return markupsafe.Markup(text)
-
-
-def _numbers(table: pd.DataFrame, concepts: Sequence[str], summary: Summary) -> dict[str, Any]:
-    last = measurements(table[table["step"] == summary.step])
-    found = {(row.readout, row.hookpoint, row.metric): row for row in last}
-    hookpoints = sorted({row.hookpoint for row in last if row.hookpoint}, key=natural)
-    wanted = [metric for metric, _ in CONCEPT_COLUMNS]
-    lines: list[tuple[str, str, list[Measurement | None]]] = []
-    for concept in concepts:
-        for hookpoint in hookpoints:
-            cells = [found.get((concept, hookpoint, metric)) for metric in wanted]
-            if any(cells):
-                lines.append((concept, hookpoint, cells))
-    headings = [title for metric, title in CONCEPT_COLUMNS]
-    return {"lines": lines, "headings": headings, "titles": figures.REPRESENTATION_TITLES}
 
 
 def _provenance(run: Run) -> dict[str, Any]:
