@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from interp_rlhf.audit.snapshots import Snapshot
     from interp_rlhf.audit.store import load_run
     from interp_rlhf.callback import InterpCallback
+    from interp_rlhf.comparison import compare
     from interp_rlhf.config import InterpConfig
     from interp_rlhf.errors import (
         ConfigError,
@@ -51,6 +52,7 @@ _PUBLIC: dict[str, str] = {
     "Snapshot": "interp_rlhf.audit.snapshots",
     "attach": "interp_rlhf.seam",
     "capture": "interp_rlhf.activations.capturing",
+    "compare": "interp_rlhf.comparison",
     "load_run": "interp_rlhf.audit.store",
     "with_interp": "interp_rlhf.seam",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "Snapshot",
     "attach",
     "capture",
+    "compare",
     "load_run",
     "with_interp",
 ]

@@ -75,6 +75,21 @@ def load_checkpoint(path: str | Path, *, dtype: Precision = torch.float32, base:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
+def names_its_base(path: str | Path) -> bool:
+    """Whether the base model that an adapter names can be found; true for whole models."""
+    folder = model_folder(path)
+    if not (folder / "adapter_config.json").is_file():
+        return True
+    named = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not named:
+        return False
+    try:
+        model_folder(named)
+    except ConfigError:
+        return False
+    return True
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a folder; ``None`` where there is none (adapters are often saved without).
 

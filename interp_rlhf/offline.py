@@ -20,7 +20,7 @@ from interp_rlhf.audit.store import Run, RunStore, load_run
 from interp_rlhf.audit.timeline import to_frame
 from interp_rlhf.audit.weights import weight_hashes
 from interp_rlhf.baseline import Baseline, baseline_tensors, direction_tensors, reading_tensors
-from interp_rlhf.checkpoints import checkpoint_step, load_tokenizer, model_folder, short_name
+from interp_rlhf.checkpoints import checkpoint_step, load_tokenizer, model_folder, names_its_base, short_name
 from interp_rlhf.errors import ConfigError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows
@@ -83,7 +83,8 @@ def measure(
         checkpoint: folder of a saved model or PEFT adapter.
         run: output folder of the attached run whose texts and step 0 it is compared with; found by itself where the
             checkpoint lies in one and no ``data`` is given.
-        base: the model to compare with, read as step 0. With a run: only the base that an adapter is put on.
+        base: the model to compare with, read as step 0; an adapter whose own base is gone is put on it. With a run:
+            only the base that an adapter is put on.
         config: settings as for ``attach`` (default preset ``observe``); a run brings its own.
         data: JSON lines of prompts or preference pairs (``docs/formats.md``), for a checkpoint without a run.
         out: a new folder to write a complete run into, for ``report``, ``verify`` and ``load_run``.
@@ -108,7 +109,8 @@ def measure(
                 f"{checkpoint}: lies in no attached run, expected run (its output folder) or base and data"
             )
         step = _step(folder, step, start, known=found is None)
-        reading = read_checkpoint(start, folder, base=base)
+        put_on = base if found is not None or not names_its_base(folder) else None
+        reading = read_checkpoint(start, folder, base=put_on)
         segment = 1 if out is not None else start.segment
         rows = start.compare(reading, step, segment)
         written = None if out is None else write_run(Path(out), start, folder, step, reading, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from interp_rlhf.audit.snapshots import MANIFEST, Snapshot
 from interp_rlhf.audit.store import Run, load_run
 from interp_rlhf.audit.timeline import live_limits
 from interp_rlhf.audit.weights import COPY
-from interp_rlhf.baseline import Baseline, fit_baseline, stored_readings
+from interp_rlhf.baseline import FIRST, LOG_PROBS, TEXT_IDS, Baseline, fit_baseline, stored_readings
 from interp_rlhf.checkpoints import Precision, load_checkpoint, load_tokenizer, model_folder, short_name
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World
@@ -30,6 +30,8 @@ from interp_rlhf.reading import Reading, read_table
 from interp_rlhf.stored_plan import load_plan
 
 Place = str | Path
+#: Prefix of the readings in snapshots after step 0.
+MEANS = "means/"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +79,11 @@ class Start:
         return drift_rows(self.baseline, reading, self.config, segment or self.segment, step)
 
 
+def is_run(place: Place) -> bool:
+    """Whether a folder is an attached run's output folder, or the ``interp`` folder inside."""
+    return any((folder / "run.json").is_file() for folder in (Path(place), Path(place) / FOLDER))
+
+
 def own_run(checkpoint: Place) -> Path | None:
     """The output folder of the attached run that a checkpoint lies in; ``None`` where there is none."""
     folder = Path(checkpoint).resolve()
@@ -96,21 +103,18 @@ def start_of_run(run: Place, checkpoint: Path | None = None) -> Start:
     """
     stored = load_run(run)
     segment = _segment(stored, checkpoint)
-    limits = live_limits(stored.segments, last=segment)
-    begins = [s for s in stored.snapshots if s.parent is None and s.step <= limits.get(s.segment, -1)]
-    if not begins:
-        raise FormatError(f"{stored.path}: no snapshot of the start of segment {segment}, so nothing to compare with")
+    begin = first_snapshot(stored, segment)
     file = stored.path / run_file_name(segment)
     info = {key: value for key, value in read_run_file(file).items() if key not in RESERVED}
     config = InterpConfig.from_mapping(info["config"], where=str(file))
-    plan = _stored_plan(stored, begins[0].segment)
+    plan = _stored_plan(stored, begin.segment)
     if plan.audit.hash != info["prompts"]["sha256"]:
         raise FormatError(f"{file}: prompts: found a plan of other audit texts, expected those of the run")
     table = plan.table(fit=True, bank=True)
-    first, again = stored_readings(begins[0].tensors(), plan, table)
+    first, again = stored_readings(begin.tensors(), plan, table)
     return Start(
         name=stored.path.parent.name,
-        step=begins[0].step,
+        step=begin.step,
         segment=segment,
         config=config,
         plan=plan,
@@ -199,6 +203,54 @@ def read_rows(path: Place) -> list[dict[str, Any]]:
     if not rows:
         raise PromptError(f"{path}: expected at least one prompt, found an empty file")
     return rows
+
+
+def first_snapshot(run: Run, segment: int | None = None) -> Snapshot:
+    """The snapshot of θ_0 on the line of runs that led to a segment (the newest by default).
+
+    Raises:
+        FormatError: there is none.
+    """
+    on_line = [snapshot for snapshot in _on_line(run, segment) if snapshot.parent is None]
+    if not on_line:
+        raise FormatError(f"{run.path}: no snapshot of the start, so nothing to compare with")
+    return on_line[0]
+
+
+def last_snapshot(run: Run) -> Snapshot:
+    """The newest snapshot of the weights that a run ended with.
+
+    Raises:
+        FormatError: there is none.
+    """
+    return max((first_snapshot(run), *_on_line(run, None)), key=lambda snapshot: (snapshot.step, snapshot.segment))
+
+
+def _on_line(run: Run, segment: int | None) -> list[Snapshot]:
+    limits = live_limits(run.segments, last=segment)
+    return [snapshot for snapshot in run.snapshots if snapshot.step <= limits.get(snapshot.segment, -1)]
+
+
+def stored_reading(snapshot: Snapshot, table: TextTable, hookpoints: Sequence[str], prefix: str) -> Reading:
+    """What a snapshot keeps of the texts of ``table``.
+
+    Args:
+        hookpoints: where.
+        prefix: ``start/`` for a step-0 snapshot, ``means/`` for a later one.
+
+    Raises:
+        FormatError: damaged, removed by the retention setting, or without one of the texts or hookpoints.
+    """
+    tensors = snapshot.tensors()
+    absent = [name for name in hookpoints if prefix + name not in tensors]
+    if absent or TEXT_IDS not in tensors:
+        raise FormatError(f"{snapshot.path}: no readings of {prefix}{absent[0] if absent else TEXT_IDS}")
+    place = {text: row for row, text in enumerate(tensors[TEXT_IDS].tolist())}
+    rows = [place[text] for text in table.ids.tolist() if text in place]
+    if len(rows) < len(table.prompts):
+        raise FormatError(f"{snapshot.path}: readings of {len(rows)} of {len(table.prompts)} texts found")
+    means = {name: tensors[prefix + name][rows] for name in hookpoints}
+    return Reading(means, tensors[LOG_PROBS if prefix == FIRST else "log_probs"][rows], 0, 0.0)
 
 
 def _segment(run: Run, checkpoint: Path | None) -> int:
