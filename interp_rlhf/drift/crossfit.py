@@ -240,6 +240,38 @@ def shuffled_pair_wins(
     return FoldWins(mean, wins[0].positive_folds, wins[0].negative_folds)
 
 
+def shuffled_text_auc(
+    x: Float[Tensor, "n d"],
+    labels: Bool[Tensor, " n"],
+    folds: Sequence[int],
+    *,
+    shuffles: int,
+    seed: int,
+    fitter: Fitter = probe_fitter,
+) -> float:
+    """Mean AUC within folds of readouts fitted and read after shuffling the labels inside each fold.
+
+    Arguments as :func:`shuffled_pair_wins`, for texts ``[n, d]`` with a label each: about 0.5 unless the folds leak.
+    """
+    generator, own = np.random.default_rng(seed), np.asarray(folds)
+    label_sets = labels.repeat(shuffles, 1)
+    for row in label_sets:
+        for fold in range(1 + own.max()):
+            members = np.flatnonzero(own == fold)
+            row[members] = labels[generator.permutation(members)]
+    values = []
+    for shuffled, fitted in zip(label_sets, _cross_fit(x, label_sets, folds, fitter), strict=True):
+        scores = fitted.held(x, folds)
+        values.append(text_wins(scores, shuffled, folds).value)
+    return float(np.mean(values))
+
+
+def text_wins(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"], folds: Sequence[int]) -> FoldWins:
+    """:class:`FoldWins` of texts with a label and a fold each; positives and negatives keep the order of the texts."""
+    own = torch.tensor(folds)
+    return FoldWins.of(scores[labels], scores[~labels], own[labels].tolist(), own[~labels].tolist())
+
+
 def _half_of_each_fold(folds: Sequence[int], shuffles: int, seed: int) -> Bool[Tensor, "S n"]:
     """Per shuffle half of each fold's rows, the odd one in or out at random."""
     generator = np.random.default_rng(seed)
