@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -12,9 +11,11 @@ from torch import Tensor
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.drift.concepts import admit, auc_estimate, by_unit, standardised_drift
+from interp_rlhf.drift.estimates import IntervalOptions
 from interp_rlhf.drift.nulls import covariance_directions
 from interp_rlhf.drift.representation import representation_floor
 from interp_rlhf.errors import FormatError, MeasurementError
+from interp_rlhf.panels import Panels, start_panels
 from interp_rlhf.plan import ConceptTexts, Plan, Refusal, TextTable
 from interp_rlhf.reading import Reading
 from interp_rlhf.readouts.baselines import bag_of_tokens_auc
@@ -27,14 +28,6 @@ FIRST, AGAIN = "start/", "start_again/"
 LOG_PROBS, LOG_PROBS_AGAIN = "start_log_probs", "start_again_log_probs"
 #: Name of the tensor, in every snapshot, that says which texts the rows of its readings belong to.
 TEXT_IDS = "text_ids"
-
-
-class IntervalOptions(TypedDict):
-    """Keyword arguments of every estimate that has a bootstrap interval."""
-
-    resamples: int
-    confidence: float
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +59,7 @@ class Baseline:
         comparison: hookpoint → ``[k, d]`` directions drawn from the covariance of ``x0``.
         without_top: the same without the first principal component of ``x0``; absent where nothing varies beyond it.
         bank: hookpoint → ``[m, d]`` directions of real concepts: the bank's, and every admitted one.
+        panels: (concept, hookpoint) → the frozen probes.
         concepts: what was admitted.
         refused: what was not, with reasons.
     """
@@ -79,6 +73,7 @@ class Baseline:
     comparison: Mapping[str, Tensor]
     without_top: Mapping[str, Tensor]
     bank: Mapping[str, Tensor]
+    panels: Panels
     concepts: tuple[ConceptBaseline, ...]
     refused: tuple[Refusal, ...]
 
@@ -120,6 +115,8 @@ def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, c
     later = later_table(kept, config)
     rows = table.rows(later.prompts)
     without_top, reasons = _without_top(x0, config)
+    places = {concept.name: tuple(concept.directions) for concept in admitted if concept.texts is not None}
+    panels, unread = start_panels(plan, table, first, config, places, statistics(config))
     return Baseline(
         plan=kept,
         table=later,
@@ -132,8 +129,9 @@ def fit_baseline(plan: Plan, table: TextTable, first: Reading, again: Reading, c
         },
         without_top=without_top,
         bank={name: _bank_directions(plan, table, first, name, admitted) for name in plan.hookpoints},
+        panels=panels,
         concepts=tuple(admitted),
-        refused=(*refused, *reasons),
+        refused=(*refused, *reasons, *unread),
     )
 
 

@@ -1,4 +1,4 @@
-"""The pipeline in one file: capture → read → drift → record, on a schedule.
+"""When things are measured, and what a failure costs. What is done then: :mod:`interp_rlhf.session`.
 
 The loop it lives in, as pseudo-code (Trainer-loop trainers; PPO's own loop logs before ``on_step_end``)::
 
@@ -18,40 +18,28 @@ A measurement leaves no trace in the training (weights, gradients, RNG, modes); 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from interp_rlhf.activations.engines import unchanged_random_states
-from interp_rlhf.activations.reference import Reference, check_is_start, find_reference, reading_difference
+from interp_rlhf.activations.reference import find_reference
 from interp_rlhf.audit.layout import check_folder
 from interp_rlhf.audit.store import Run, RunStore, load_run
 from interp_rlhf.audit.timeline import to_frame
-from interp_rlhf.baseline import (
-    Baseline,
-    baseline_tensors,
-    direction_tensors,
-    fit_baseline,
-    later_table,
-    reading_tensors,
-    stored_readings,
-)
 from interp_rlhf.config import SWITCH, InterpConfig, switched_off
 from interp_rlhf.controls import Control
-from interp_rlhf.distributed import World, barrier, join_world, run_on_main
+from interp_rlhf.distributed import join_world, run_on_main
 from interp_rlhf.errors import InterpError, MeasurementError
-from interp_rlhf.measurement import Measurement
-from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
-from interp_rlhf.plan import Plan, TextTable, make_plan
+from interp_rlhf.plan import Plan, make_plan
 from interp_rlhf.provenance import run_info
-from interp_rlhf.reading import Reading, ShardedForwardError, read_table
+from interp_rlhf.reading import ShardedForwardError
 from interp_rlhf.report.tables import headline, summarise
+from interp_rlhf.session import Session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,37 +47,6 @@ if TYPE_CHECKING:
     from interp_rlhf.report.tables import Summary
 
 log = logging.getLogger("interp_rlhf")
-
-
-@dataclass
-class _Run:
-    """What changes while one ``train()`` runs. ``store`` and ``baseline`` are the main process's."""
-
-    model: nn.Module
-    world: World
-    plan: Plan
-    reference: Reference
-    store: RunStore
-    segment: int = 0
-    fitted: Baseline | None = None
-    table: TextTable | None = None  # what a measurement reads; None until step 0 was measured
-    start_means: Mapping[str, Tensor] = field(default_factory=dict)
-    reading: Reading | None = None
-    rows: tuple[Measurement, ...] = ()
-    tried_step: int = -1  # a failed measurement is tried again when the next one is due, not at every log
-    measured_step: int = -1
-    logged_step: int = -1  # whose rows have reached the trainer's log
-    saved_step: int = -1
-    began: float = field(default_factory=time.monotonic)
-    spent: float = 0.0
-    ended: bool = False
-
-    @property
-    def baseline(self) -> Baseline:
-        """What step 0 left; an error where measuring it failed."""
-        if self.fitted is None:
-            raise MeasurementError("nothing to compare with, since measuring the start failed")
-        return self.fitted
 
 
 class InterpCallback(TrainerCallback):
@@ -106,14 +63,16 @@ class InterpCallback(TrainerCallback):
         self.config = InterpConfig.resolve(config)
         self.rows_reach_the_log = False
         self.trainer_class = ""
-        self._plan: Plan | None = None
         self.control: Control | None = None
+        self._plan: Plan | None = None
         self._ref_model: nn.Module | None = None
         self._tokenizer: Any = None
-        self._current: _Run | None = None
+        self._current: Session | None = None
+        self._logged_step = -1  # whose rows have reached the trainer's log
+        self._ended = False
 
     @property
-    def _run(self) -> _Run:
+    def _run(self) -> Session:
         if self._current is None:
             raise MeasurementError("InterpCallback: training has not begun")
         return self._current
@@ -156,12 +115,14 @@ class InterpCallback(TrainerCallback):
         plan = self._plan or self._prepare_bare(args, model, kwargs)
         world, step = join_world(), state.global_step
         reference = find_reference(self.config.reference, model, self._ref_model)
-        run = self._current = _Run(model, world, plan, reference, RunStore(args.output_dir))
+        store = RunStore(args.output_dir)
+        run = self._current = Session(self.config, model, self._tokenizer, world, plan, reference, store)
+        self._logged_step, self._ended = -1, False
         info = run_info(
             self.config, plan, model, self._tokenizer, self.trainer_class, world, args=args, control=self.control
         )
         run.segment = run_on_main(lambda: run.store.start(info, resumed_from=step or None), world)
-        self._guarded(step, "the baseline", lambda: self._start(step))
+        self._guarded(step, "the baseline", lambda: run.start(step))
 
     def _prepare_bare(self, args: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> Plan:
         log.warning("bare InterpCallback: timeline and snapshots only; attach(trainer) also fills the trainer's log")
@@ -175,70 +136,20 @@ class InterpCallback(TrainerCallback):
             ref_model=None,
         )
 
-    # -- step 0 ----------------------------------------------------------------------------------------------------
-
-    def _start(self, step: int) -> None:
-        """Read θ_0 twice, or load both readings where the run is resumed; fit, admit, record, snapshot."""
-        run, began = self._run, time.monotonic()
-        table = run.plan.table(fit=True, bank=True)
-        stored = run_on_main(lambda: self._stored_start(table), run.world) if step else None
-        first, again = stored or self._read_start(step, table)
-        names = run_on_main(lambda: self._fit(table, first, again), run.world)
-        run.table = later_table(run.plan.keep(names), self.config)
-        rows = table.rows(run.table.prompts)
-        run.start_means = {name: value[rows] for name, value in first.means.items()}
-        if stored and run.reference.kind == "copy":
-            log.warning("reference: copy: none was kept of step 0, the resumed run goes by its readings (cached)")
-            run.reference = Reference("cached")
-        if not stored:
-            run_on_main(lambda: self._record_start(step, table, first, again, began), run.world)
-        run.tried_step = run.measured_step = run.saved_step = step
-
-    def _stored_start(self, table: TextTable) -> tuple[Reading, Reading] | None:
-        tensors = self._run.store.baseline()
-        return None if tensors is None else stored_readings(tensors, self._run.plan, table)
-
-    def _read_start(self, step: int, table: TextTable) -> tuple[Reading, Reading]:
-        run = self._run
-        first = self._read(table, run.model)
-        if run.reference.kind != "cached":
-            with run.reference.reading() as frozen:
-                difference = reading_difference(first.means, self._read(table, frozen).means)
-            check_is_start(run.reference.kind, difference)
-        if step:
-            log.warning("resumed at step %d without readings of step 0: drift is counted from here", step)
-        return first, self._read(table, run.model, side="left", longest_first=False)
-
-    def _fit(self, table: TextTable, first: Reading, again: Reading) -> list[str]:
-        run = self._run
-        run.fitted = fitted = fit_baseline(run.plan, table, first, again, self.config)
-        for refusal in fitted.refused:
-            run.store.event("refused", **asdict(refusal))
-        return [concept.name for concept in fitted.concepts]
-
-    def _record_start(self, step: int, table: TextTable, first: Reading, again: Reading, began: float) -> None:
-        run = self._run
-        rows = start_rows(run.baseline, self.config, run.segment, step)
-        self._record(step, rows, first.tokens + again.tokens, began)
-        decode = getattr(getattr(self._tokenizer, "tokenizer", self._tokenizer), "decode", None)
-        if decode is not None:
-            run.store.texts("texts", ({"id": p.id, "text": decode(list(p.input_ids))} for p in table.prompts))
-        self._snapshot(step, baseline_tensors(table, first, again) | direction_tensors(run.baseline), start=True)
-
     # -- during training -------------------------------------------------------------------------------------------
 
     def before_log(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """The headline scalars of a due measurement, for the row that is about to be logged; usually empty."""
         run, step = self._current, state.global_step
-        if run is None or run.ended or step == run.logged_step or any(key.startswith("eval_") for key in logs):
+        if run is None or self._ended or step == self._logged_step or any(key.startswith("eval_") for key in logs):
             return {}
         if step != run.measured_step:
             if not (self._due(step, state) or "train_runtime" in logs):
                 return {}
-            self._guarded(step, "a measurement", lambda: self._measure(step))
+            self._guarded(step, "a measurement", lambda: run.measure(step))
         if step != run.measured_step:
             return {}
-        run.logged_step = step
+        self._logged_step = step
         return headline(run.rows, self.config.headline)
 
     def _due(self, step: int, state: Any) -> bool:
@@ -256,90 +167,26 @@ class InterpCallback(TrainerCallback):
         if run is None or run.saved_step == step:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
-        self._guarded(step, "the snapshot of a checkpoint", lambda: self._measure_and_keep(step, checkpoint))
+        self._guarded(step, "the snapshot of a checkpoint", lambda: run.keep(step, checkpoint))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the end where it was not, write the last snapshot, the summary and the report."""
         run, step = self._current, state.global_step
         if run is None:
             return
-        run.ended = True  # from here on the weights may be others than those of the last step
+        self._ended = True  # from here on the weights may be others than those of the last step
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if run.saved_step != step:
             self._guarded(step, "the end", lambda: self._keep_end(step, best))
         self._guarded(step, "the report", lambda: run_on_main(self._tell, run.world))
 
-    # -- one measurement -------------------------------------------------------------------------------------------
-
-    def _measure(self, step: int) -> None:
-        """Capture → read → drift → record, on all ranks; statistics and files on the main process."""
-        run, began = self._run, time.monotonic()
-        run.tried_step = step
-        if run.table is None:
-            raise MeasurementError(f"step {step}: nothing to compare with, since measuring the start failed")
-        reading = self._read(run.table, run.model)
-        tokens = reading.tokens
-        if run.reference.kind != "cached":
-            with run.reference.reading() as frozen:
-                start = self._read(run.table, frozen)
-            check_is_start(run.reference.kind, reading_difference(run.start_means, start.means))
-            tokens += start.tokens
-        run.rows = run_on_main(lambda: self._compare(step, reading, tokens, began), run.world)
-        run.reading, run.measured_step = reading, step
-
-    def _compare(self, step: int, reading: Reading, tokens: int, began: float) -> tuple[Measurement, ...]:
-        rows = drift_rows(self._run.baseline, reading, self.config, self._run.segment, step)
-        return self._record(step, rows, tokens, began)
-
-    def _measure_and_keep(self, step: int, checkpoint: Path | None) -> None:
-        run = self._run
-        if run.measured_step != step:
-            self._measure(step)
-        barrier(run.world)  # every rank has finished writing its part of the checkpoint
-        run_on_main(lambda: self._snapshot_reading(step, checkpoint), run.world)
-        run.saved_step = step
-
     def _keep_end(self, step: int, best: str | None) -> None:
         """Snapshot of the last step. Where the best checkpoint has been loaded, nothing is read under its number."""
         if best is not None and self._run.measured_step != step:
             raise MeasurementError(f"step {step}: its weights are gone, {Path(best).name} was loaded in their place")
-        self._measure_and_keep(step, None)
+        self._run.keep(step, None)
 
-    def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
-        run = self._run
-        if run.table is None or run.reading is None:
-            raise MeasurementError(f"step {step}: no reading to keep")
-        self._snapshot(step, reading_tensors(run.table, run.reading), checkpoint)
-
-    def _read(self, table: TextTable, model: nn.Module, **order: Any) -> Reading:
-        return read_table(model, table, self._run.plan, self.config, self._run.world, **order)
-
-    def _record(self, step: int, rows: Sequence[Measurement], tokens: int, began: float) -> tuple[Measurement, ...]:
-        """Append to the timeline with the cost of getting here; gives all rows of the measurement."""
-        run, now = self._run, time.monotonic()
-        run.spent += now - began
-        cost = cost_rows(
-            run.baseline, run.segment, step, seconds=now - began, fraction=run.spent / (now - run.began), tokens=tokens
-        )
-        run.rows = (*rows, *cost)
-        run.store.append(run.rows)
-        return run.rows
-
-    def _snapshot(
-        self, step: int, tensors: Mapping[str, Tensor], checkpoint: Path | None = None, *, start: bool = False
-    ) -> None:
-        run = self._run
-        if not (self.config.snapshots.enabled or start):
-            return
-        run.store.snapshot(
-            step,
-            run.rows,
-            tensors,
-            checkpoint=checkpoint,
-            captured={"hookpoints": list(run.plan.hookpoints), "texts": run.plan.audit.hash},
-            cost={"seconds_so_far": run.spent},
-            keep=self.config.snapshots.keep,
-        )
+    # -- failures --------------------------------------------------------------------------------------------------
 
     def _guarded(self, step: int, what: str, work: Callable[[], None]) -> None:
         """Run ``work``; a failure is recorded and warned about, and ends the run only where that was asked for."""

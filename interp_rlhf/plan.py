@@ -16,12 +16,14 @@ from interp_rlhf.activations.hookpoints import ModelLayout, layout, resolve_hook
 from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows, is_streaming
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
+from interp_rlhf.activations.tokenizers import tokenizer_hash
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.errors import ConfigError, PromptError
 from interp_rlhf.measurement import Source
 from interp_rlhf.readouts.bank import bank_packs
 from interp_rlhf.readouts.directions import Direction
 from interp_rlhf.readouts.packs import load_pack, render, split
+from interp_rlhf.readouts.probes import LinearProbe
 
 #: The concept fitted on preference pairs.
 PREFERENCE = "chosen_minus_rejected"
@@ -72,7 +74,8 @@ class TextTable:
 class Plan:
     """The fixed part of a run: the same at every measurement.
 
-    ``bank`` holds unrelated concepts, read at step 0 only; ``on_domain`` labelled texts of the training's domain.
+    ``bank`` holds unrelated concepts, read at step 0 only; ``on_domain`` labelled texts of the training's domain,
+    ``sealed`` a probe that training never touches.
     """
 
     hookpoints: tuple[str, ...]
@@ -86,6 +89,7 @@ class Plan:
     behaviour: bool
     bank: tuple[ConceptTexts, ...] = ()
     on_domain: tuple[LabelledTexts, ...] = ()
+    sealed: LinearProbe | None = None
 
     def table(self, *, fit: bool, bank: bool = False) -> TextTable:
         """The texts of one measurement.
@@ -151,6 +155,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         behaviour=config.concepts.behaviour and has_head,
         bank=_bank(config, tokenizer, limit) if concepts or directions else (),
         on_domain=_on_domain(config, tokenizer, limit, concepts),
+        sealed=_sealed_probe(config, hookpoints, tree, tokenizer, concepts),
     )
 
 
@@ -302,6 +307,30 @@ def _saved_directions(config: InterpConfig, hookpoints: Sequence[str], tree: Mod
             )
         direction.check(tree.d_model)
     return directions
+
+
+def _sealed_probe(
+    config: InterpConfig,
+    hookpoints: Sequence[str],
+    tree: ModelLayout,
+    tokenizer: Any,
+    concepts: Sequence[ConceptTexts],
+) -> LinearProbe | None:
+    path = config.probes.sealed
+    if path is None or not config.probes.enabled:
+        return None
+    probe = LinearProbe.load(path)
+    for what, found, known in (
+        ("hookpoint", probe.hookpoint, hookpoints),
+        ("concept", probe.name, [concept.name for concept in concepts]),
+    ):
+        if found not in known:
+            raise ConfigError(f"probes.sealed: {path}: its {what} {found} is not among those read ({', '.join(known)})")
+    try:
+        probe.check(tree.d_model, tokenizer_hash(tokenizer))
+    except ConfigError as error:
+        raise ConfigError(f"probes.sealed: {path}: {error}") from None
+    return probe
 
 
 def _context(tree: ModelLayout) -> int | None:

@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from interp_rlhf.activations.hookpoints import unwrap_model
+from interp_rlhf.activations.tokenizers import tokenizer_hash
 from interp_rlhf.audit.sealing import tensor_hash
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.controls import Control
@@ -88,9 +90,19 @@ def run_info(
             {"name": direction.name, "hookpoint": direction.hookpoint, "sha256": tensor_hash(direction.vector)}
             for direction in plan.directions
         ],
+        "sealed_probe": _sealed(plan),
         "world_size": world.size,
         "seed": config.seed,
     }
+
+
+def _sealed(plan: Plan) -> dict[str, Any] | None:
+    """The sealed probe, fixed before training begins."""
+    probe = plan.sealed
+    if probe is None:
+        return None
+    whole = torch.cat([probe.weight, torch.tensor([probe.bias])])
+    return {"name": probe.name, "hookpoint": probe.hookpoint, "sha256": tensor_hash(whole)}
 
 
 def training_hash(args: Any) -> str:
@@ -119,14 +131,6 @@ def published(config: InterpConfig) -> dict[str, Any]:
 def _pairs_hash(concept: ConceptTexts) -> str:
     halves = {half: [(p.positive.id, p.negative.id) for p in getattr(concept, half)] for half in ("fit", "held")}
     return _digest(json.dumps(halves))
-
-
-def tokenizer_hash(tokenizer: Any) -> str | None:
-    """SHA-256 over the vocabulary (token, id) in id order; ``None`` where there is no tokenizer."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer is None:
-        return None
-    return _digest(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
 
 
 def _template(tokenizer: Any) -> bool:

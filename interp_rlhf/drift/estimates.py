@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypedDict
 
 from interp_rlhf.measurement import NullKind, Tier
 
@@ -108,3 +109,11 @@ def estimate(
     null_low, null_high = band or (None, None)
     known = METRICS[metric]
     return Estimate(value, low, high, null_kind, null_low, null_high, p, n, known.tier, known.unit)
+
+
+class IntervalOptions(TypedDict):
+    """Keyword arguments of every estimate that has a bootstrap interval."""
+
+    resamples: int
+    confidence: float
+    seed: int

@@ -272,9 +272,9 @@ class Failing:
     """Readings fail at one step with something that is no error of ours."""
 
     def __init__(self, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        from interp_rlhf import callback
+        from interp_rlhf import session
 
-        original = callback.read_table
+        original = session.read_table
 
         def read_table(*args: Any, **kwargs: Any) -> Any:
             if Current.step == step:
@@ -282,7 +282,7 @@ class Failing:
             return original(*args, **kwargs)
 
         Current.step = -1
-        monkeypatch.setattr(callback, "read_table", read_table)
+        monkeypatch.setattr(session, "read_table", read_table)
 
 
 class Poison(TrainerCallback):

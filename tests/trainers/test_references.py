@@ -102,7 +102,7 @@ def test_every_kind_gives_the_rows_of_cached_readings(
 def test_a_reference_is_read_at_every_measurement_and_left_as_it_was(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import interp_rlhf.callback as module
+    import interp_rlhf.session as module
 
     read: list[nn.Module] = []
     real = module.read_table

@@ -281,7 +281,7 @@ def test_a_baseline_that_failed_is_taken_at_the_resumed_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 0 could not be read: nothing is compared with, until a resumed run finds a start of its own."""
-    from interp_rlhf import callback
+    from interp_rlhf import session
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise MeasurementError("no reading today")
@@ -289,7 +289,7 @@ def test_a_baseline_that_failed_is_taken_at_the_resumed_step(
     folder = tmp_path / "run"
     config = small(folder, on_error="warn")
     with monkeypatch.context() as patch:
-        patch.setattr(callback, "read_table", fails)
+        patch.setattr(session, "read_table", fails)
         _, handle = train("sft", folder, config, callbacks=[StopAt(4)])
     assert handle.timeline().empty and verify(folder) == 0
     assert {m.what for m in handle.summary().not_measured} >= {"the baseline", "a measurement"}

@@ -110,7 +110,7 @@ def assert_same_training(first: Any, second: Any) -> None:
 
 def live(timeline: pd.DataFrame) -> pd.DataFrame:
     """What the weights are said to have done: rows that no later start left behind, without cost, by their key."""
-    rows = timeline[~timeline.superseded & ~timeline.metric.str.startswith("cost")]
+    rows = timeline[~timeline.superseded & ~timeline.metric.str.startswith("cost") & (timeline.reader == "policy")]
     assert not rows.duplicated(KEY).any(), rows[rows.duplicated(KEY)]
     return rows.set_index(KEY).sort_index()
 
