@@ -38,7 +38,9 @@ from interp_rlhf.errors import InterpError, MeasurementError
 from interp_rlhf.plan import Plan, make_plan
 from interp_rlhf.provenance import run_info
 from interp_rlhf.reading import ShardedForwardError
+from interp_rlhf.report.controls import find_controls
 from interp_rlhf.report.tables import headline, summarise
+from interp_rlhf.rollout_labels import Labeller, load_labels
 from interp_rlhf.session import Session
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ class InterpCallback(TrainerCallback):
         self._plan: Plan | None = None
         self._ref_model: nn.Module | None = None
         self._tokenizer: Any = None
+        self._samples = False
+        self._labels: Labeller | None = None
         self._current: Session | None = None
         self._logged_step = -1  # whose rows have reached the trainer's log
         self._ended = False
@@ -100,6 +104,9 @@ class InterpCallback(TrainerCallback):
         with unchanged_random_states():
             plan = make_plan(self.config, model, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self._plan, self._tokenizer, self._ref_model = plan, tokenizer, ref_model
+        wanted = self.config.rollouts
+        self._samples = samples if wanted.enabled == "auto" else wanted.enabled
+        self._labels = load_labels(wanted.labels) if wanted.labels is not None else None
         every, logging_steps = self.config.schedule.every, getattr(args, "logging_steps", 0) or 0
         if logging_steps >= 1 and every % int(logging_steps):
             log.warning("schedule.every=%d rounds up to steps that log (logging_steps=%d)", every, logging_steps)
@@ -115,8 +122,10 @@ class InterpCallback(TrainerCallback):
         plan = self._plan or self._prepare_bare(args, model, kwargs)
         world, step = join_world(), state.global_step
         reference = find_reference(self.config.reference, model, self._ref_model)
-        store = RunStore(args.output_dir)
-        run = self._current = Session(self.config, model, self._tokenizer, world, plan, reference, store)
+        run = self._current = Session(
+            self.config, model, self._tokenizer, world, plan, reference, RunStore(args.output_dir), self._guarded,
+            ref_model=self._ref_model, samples=self._samples, labels=self._labels,
+        )  # fmt: skip
         self._logged_step, self._ended = -1, False
         info = run_info(
             self.config, plan, model, self._tokenizer, self.trainer_class, world, args=args, control=self.control
@@ -178,7 +187,7 @@ class InterpCallback(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if run.saved_step != step:
             self._guarded(step, "the end", lambda: self._keep_end(step, best))
-        self._guarded(step, "the report", lambda: run_on_main(self._tell, run.world))
+        self._guarded(step, "the report", lambda: run_on_main(self.tell, run.world))
 
     def _keep_end(self, step: int, best: str | None) -> None:
         """Snapshot of the last step. Where the best checkpoint has been loaded, nothing is read under its number."""
@@ -222,13 +231,16 @@ class InterpCallback(TrainerCallback):
         """What moved, what did not, what could not be measured, from the timeline on disk."""
         options = {"tolerance": self.config.statistics.tolerance, "confidence": self.config.statistics.confidence}
         run = self._stored_run()
-        return summarise(to_frame([] if run is None else run.rows), [] if run is None else run.events, **options)
+        if run is None:
+            return summarise(to_frame([]), [], **options)
+        return summarise(to_frame(run.rows), run.events, controls=find_controls(run), **options)
 
     def _stored_run(self) -> Run | None:
         run = self._current
         return load_run(run.store.folder) if run is not None and run.world.is_main else None
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Print the summary and write the report, where that is wanted and can be. Main process only."""
         print(self.summary())
         if not self.config.report:
             return

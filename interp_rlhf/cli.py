@@ -1,4 +1,4 @@
-"""The command line: ``interp-rlhf demo | verify | report | doctor``. Training itself stays in recipe scripts.
+"""The command line: ``interp-rlhf demo | fit | measure | compare | verify | report | doctor``. Recipes train.
 
 Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on standard error, no traceback).
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from interp_rlhf import __version__
 from interp_rlhf.errors import InterpError
@@ -47,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--trainer", choices=("dpo", "ppo", "grpo"), default="dpo")
     demo.add_argument("--out", type=Path, metavar="DIR", help="where the run goes (default: demo/TRAINER)")
     demo.add_argument("--seed", type=int, default=0, metavar="N")
+    demo.add_argument("--controls", type=int, default=0, metavar="K", help="also train K control runs (default: none)")
     demo.set_defaults(verb=_demo)
+    _add_fit(verbs)
+    _add_measure(verbs)
+    _add_compare(verbs)
 
     verify = verbs.add_parser("verify", help="check a run's snapshots, their chain and the checkpoints they name")
     verify.add_argument("run", type=Path, metavar="RUN", help="the trainer's output folder")
@@ -66,10 +70,83 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_fit(verbs: Any) -> None:
+    fit = verbs.add_parser("fit", help="fit a probe or a direction on contrast pairs, labelled texts or a concept pack")
+    fit.add_argument("kind", choices=("probe", "direction"))
+    fit.add_argument("--model", type=Path, required=True, metavar="DIR", help="a saved model or PEFT adapter")
+    fit.add_argument("--hookpoint", required=True, metavar="NAME", help="for example layers.50%%.resid_post")
+    fit.add_argument("--out", type=Path, required=True, metavar="FILE")
+    texts = fit.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines with prompt, chosen, rejected")
+    texts.add_argument("--labels", type=Path, metavar="FILE", help="JSON lines with a text and a label, true or false")
+    texts.add_argument("--pack", metavar="NAME", help="a packaged concept pack, or the path of one")
+    fit.add_argument("--name", metavar="NAME", help="the readout's name (default: the pack's or the file's)")
+    fit.add_argument("--base", type=Path, metavar="DIR", help="the model that an adapter is put on")
+    fit.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the model's")
+    fit.add_argument("--tokens", choices=("completion", "prompt", "all"), default="completion")
+    fit.add_argument("--folds", type=int, default=5, metavar="K")
+    fit.add_argument("--fpr", type=float, default=0.2, metavar="RATE", help="false-positive rate of the threshold")
+    fit.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens kept per text")
+    fit.add_argument("--batch-size", type=int, default=16, metavar="N")
+    fit.add_argument("--seed", type=int, default=0, metavar="N")
+    fit.set_defaults(verb=_fit)
+
+
+def _add_measure(verbs: Any) -> None:
+    measure = verbs.add_parser("measure", help="measure a checkpoint against its run's start, or against a base model")
+    measure.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a saved model or PEFT adapter")
+    measure.add_argument("--run", type=Path, metavar="RUN", help="output folder of the attached run it belongs to")
+    measure.add_argument("--out", type=Path, metavar="DIR", help="write a complete run there (report, verify)")
+    measure.add_argument("--step", type=int, metavar="N", help="the checkpoint's step, where its folder does not tell")
+    measure.add_argument("--base", type=Path, metavar="DIR", help="the model to compare with")
+    _add_texts(measure)
+    measure.set_defaults(verb=_measure)
+
+
+def _add_compare(verbs: Any) -> None:
+    compare = verbs.add_parser("compare", help="runs, models and checkpoints side by side; the first is the start")
+    compare.add_argument("places", type=Path, nargs="+", metavar="PLACE", help="output folder of a run, or a model")
+    compare.add_argument("--controls", type=Path, nargs="+", default=(), metavar="PLACE", help="control runs")
+    _add_texts(compare)
+    compare.set_defaults(verb=_compare)
+
+
+def _add_texts(verb: Any) -> None:
+    verb.add_argument("--config", type=Path, metavar="FILE", help="the interp: block (default: observe)")
+    verb.add_argument("--data", type=Path, metavar="FILE", help="JSON lines of prompts or preference pairs")
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from interp_rlhf.fitting import FitOptions, fit_direction, fit_probe_file
+
+    names = ("hookpoint", "pairs", "labels", "pack", "name", "tokenizer", "base", "tokens", "max_length", "batch_size")
+    settings = FitOptions(**{name: getattr(options, name) for name in (*names, "folds", "fpr", "seed")})
+    work = fit_probe_file if options.kind == "probe" else fit_direction
+    print(work(options.model, options.out, settings))
+    return FINE
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from interp_rlhf.offline import measure_command
+
+    names = ("run", "base", "config", "data", "out", "step")
+    print(measure_command(options.checkpoint, **{name: getattr(options, name) for name in names}))
+    return FINE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from interp_rlhf.comparison import compare_command
+
+    print(compare_command(options.places, controls=options.controls, config=options.config, data=options.data))
+    return FINE
+
+
 def _demo(options: argparse.Namespace) -> int:
     from interp_rlhf.demo import run_demo
 
-    run_demo(options.trainer, options.out or Path("demo") / options.trainer, seed=options.seed)
+    run_demo(
+        options.trainer, options.out or Path("demo") / options.trainer, seed=options.seed, controls=options.controls
+    )
     return FINE
 
 

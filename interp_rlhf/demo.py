@@ -7,11 +7,12 @@ The organism lies beside the run, in ``organism-SEED/``, with the data that ``co
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,7 +85,9 @@ class DemoResult:
         return self.rank == 1 and len(self.drifts) >= 20 and moved >= 0.2
 
 
-def run_demo(trainer: str, out: str | Path, *, seed: int = 0, steps: int | None = None) -> DemoResult:
+def run_demo(
+    trainer: str, out: str | Path, *, seed: int = 0, steps: int | None = None, controls: int = 0
+) -> DemoResult:
     """Build the organism (or reuse it), train on it, attached, and tell what moved.
 
     Args:
@@ -92,37 +95,64 @@ def run_demo(trainer: str, out: str | Path, *, seed: int = 0, steps: int | None 
         out: the run's folder. A run that lies there is moved aside, never written over.
         seed: of the organism, its data and the training.
         steps: optimizer steps; the trainer's own number where left out.
+        controls: control runs to train as well: the same training with its preferences scrambled.
 
     Raises:
-        ConfigError: no such trainer in this TRL, a negative seed, ``out`` holds something else, or
+        ConfigError: no such trainer in this TRL, a negative seed or number, ``out`` holds something else, or
             ``INTERP_RLHF=off``.
     """
-    build, began = _builder(trainer), time.monotonic()
+    began = time.monotonic()
+    _builder(trainer)
     if switched_off():
         raise ConfigError(f"demo: {SWITCH}=off leaves nothing to show; unset it")
     if seed < 0:
         raise ConfigError(f"seed: expected 0 or more, found {seed}")
+    if controls < 0:
+        raise ConfigError(f"controls: expected 0 or more, found {controls}")
     out, steps = Path(out), steps or STEPS[trainer]
     _make_room(out)
     with _quiet():
-        result = _run(trainer, build, out, seed, steps, began)
+        result = _run(trainer, out, seed, steps, controls, began)
     print(render(result))
     return result
 
 
-def _run(trainer: str, build: _Builder, out: Path, seed: int, steps: int, began: float) -> DemoResult:
+def train_organism(
+    organism: Organism, trainer: str, out: Path, *, seed: int, steps: int, every: int, **changes: Any
+) -> tuple[Any, Any]:
+    """Train a fresh copy of the organism, attached; gives trainer and handle.
+
+    Args:
+        organism: with its data written.
+        trainer: ``dpo``, ``ppo`` or ``grpo``.
+        out: output folder.
+        seed: of the training.
+        steps: optimizer steps.
+        every: cadence of measurements.
+        changes: further settings of the ``interp:`` block, for example ``control=1``.
+    """
     from transformers import set_seed
 
+    set_seed(seed)  # the adapter is drawn before the trainer sets its seed
+    running = _builder(trainer)(organism, _arguments(out, seed, steps))
+    _show_progress(running)
+    settings = _measurements(organism, steps) | {"schedule": {"every": every}} | changes
+    handle = attach(running, settings)
+    running.train()
+    return running, handle
+
+
+def _run(trainer: str, out: Path, seed: int, steps: int, controls: int, began: float) -> DemoResult:
     organism = build_organism(out.parent / f"organism-{seed}", seed)
     organism.write_data()
     before = organism.pole_rates(organism.model())
-    set_seed(seed)  # the adapter is drawn before the trainer sets its seed
-    running = build(organism, _arguments(out, seed, steps))
-    _show_progress(running)
-    handle = attach(running, _measurements(organism, steps))
-    print(f"{trainer}: {steps} steps in {out}, measured every {max(steps // 4, 1)}", flush=True)
-    running.train()
+    every = max(steps // 4, 1)
+    print(f"{trainer}: {steps} steps in {out}, measured every {every}", flush=True)
+    running, handle = train_organism(organism, trainer, out, seed=seed, steps=steps, every=every)
     after = organism.pole_rates(_policy(running))
+    _train_controls(organism, trainer, out, seed, steps, controls)
+    if controls:
+        handle.callback.tell()
     drifts, admitted = _ranking(handle.timeline())
     report = out / "interp" / "report.html"
     return DemoResult(
@@ -137,6 +167,14 @@ def _run(trainer: str, build: _Builder, out: Path, seed: int, steps: int, began:
         seconds=time.monotonic() - began,
         report=report if report.exists() else None,
     )
+
+
+def _train_controls(organism: Organism, trainer: str, out: Path, seed: int, steps: int, controls: int) -> None:
+    """Control runs beside the run, with one measurement at the end; what each would print is left out."""
+    for number in range(1, controls + 1):
+        print(f"control run {number} of {controls}", flush=True)
+        with redirect_stdout(io.StringIO()):
+            train_organism(organism, trainer, out, seed=seed, steps=steps, every=steps, control=number, report=False)
 
 
 def render(result: DemoResult) -> str:

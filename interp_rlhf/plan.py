@@ -48,6 +48,12 @@ class Refusal:
     reason: str
 
 
+def text_ids(prompts: Sequence[Prompt]) -> Tensor:
+    """Ids of texts as numbers, int64 ``[N]``: their 64 bits, signed, big-endian."""
+    values = [int.from_bytes(bytes.fromhex(prompt.id), signed=True) for prompt in prompts]
+    return torch.tensor(values, dtype=torch.long)
+
+
 @dataclass(frozen=True, slots=True)
 class TextTable:
     """The distinct texts of a measurement, ordered by id; ``scored`` ones also need their log-probability."""
@@ -62,8 +68,7 @@ class TextTable:
     @property
     def ids(self) -> Tensor:
         """The texts' ids as numbers, int64 ``[N]``: what says in a file which texts its rows belong to."""
-        values = [int.from_bytes(bytes.fromhex(prompt.id), signed=True) for prompt in self.prompts]
-        return torch.tensor(values, dtype=torch.long)
+        return text_ids(self.prompts)
 
     def rows(self, prompts: Sequence[Prompt]) -> Tensor:
         """Row indices ``[len(prompts)]`` of these texts."""

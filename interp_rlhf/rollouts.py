@@ -7,8 +7,9 @@ read under the policy, and under a frozen copy of the start where there is one; 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,15 @@ from interp_rlhf.drift.shift import decompose, standardised_projection
 from interp_rlhf.errors import FormatError, MeasurementError, ReferenceMismatch
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import as_measurement
-from interp_rlhf.plan import Plan, TextTable
+from interp_rlhf.plan import Plan, TextTable, text_ids
 from interp_rlhf.reading import read_table
 
 #: Prompts that a decomposition needs at least.
 LEAST_PROMPTS = 8
-#: Names of the tensors that a step-0 snapshot keeps for a later resume.
-TOKENS, START, PROMPT_IDS, ENDS = "rollout/tokens", "rollout/start/", "rollout/prompt_ids", "rollout/ends"
+#: Names of the tensors that a step-0 snapshot keeps for a later resume. What was written is text, and lies elsewhere.
+START, COMPLETION_IDS, ENDS = "rollout/start/", "rollout/completion_ids", "rollout/ends"
 
+_APART = "sampled completions cannot be compared with the start's"
 _Means = Mapping[str, Tensor]
 
 
@@ -226,30 +228,45 @@ def _read(
 
 
 def rollout_tensors(start: RolloutStart) -> dict[str, Tensor]:
-    """The start's completions and readings as named tensors, for the step-0 snapshot."""
-    width = max(len(text.input_ids) - text.completion_start for text in start.completions)
+    """Ids and readings of the start's completions as named tensors, for the step-0 snapshot."""
     return {
-        PROMPT_IDS: TextTable(start.prompts, frozenset()).ids,
+        COMPLETION_IDS: text_ids(start.completions),
         ENDS: torch.tensor(start.ends, dtype=torch.long),
-        TOKENS: _as_tensor(start.completions, width),
         **{START + name: means for name, means in start.means.items()},
     }
 
 
-def stored_rollouts(tensors: Mapping[str, Tensor], model: nn.Module, plan: Plan, config: InterpConfig) -> RolloutStart:
-    """What :func:`rollout_tensors` kept, when a run is resumed.
+def rollout_lines(start: RolloutStart) -> Iterator[dict[str, Any]]:
+    """The start's completions, one a line, for the folder of texts."""
+    for text in start.completions:
+        yield {"id": text.id, "input_ids": list(text.input_ids), "start": text.completion_start}
+
+
+def stored_rollouts(
+    lines: Sequence[Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    plan: Plan,
+    config: InterpConfig,
+) -> RolloutStart:
+    """What :func:`rollout_lines` and :func:`rollout_tensors` kept, when a run is resumed.
 
     Raises:
         FormatError: nothing was kept, or it is of other prompts, hookpoints or numbers than this run's.
         MeasurementError: as :func:`rollout_prompts`.
     """
     prompts, full = rollout_prompts(model, plan, config)
-    absent = [name for name in (TOKENS, PROMPT_IDS, ENDS, *(START + h for h in plan.hookpoints)) if name not in tensors]
-    count, ids = len(prompts) * config.rollouts.completions, TextTable(prompts, frozenset()).ids
-    if absent or not torch.equal(tensors[PROMPT_IDS], ids) or len(tensors[TOKENS]) != count:
-        what = f"no {absent[0]}" if absent else "completions of other prompts or another number of them"
-        raise FormatError(f"step-0 snapshot: {what}; sampled completions cannot be compared with the start's")
-    completions = _as_texts(prompts, tensors[TOKENS].reshape(len(prompts), config.rollouts.completions, -1))
+    units = [prompt.unit for prompt in prompts for _ in range(config.rollouts.completions)]
+    expected = [prompt.input_ids for prompt in prompts for _ in range(config.rollouts.completions)]
+    absent = [name for name in (COMPLETION_IDS, ENDS, *(START + h for h in plan.hookpoints)) if name not in tensors]
+    if absent or not lines:
+        raise FormatError(f"step 0: {absent[0] if absent else 'texts of completions'}: found none; {_APART}")
+    found = [(tuple(line["input_ids"]), line["start"]) for line in lines]
+    if [ids[:start] for ids, start in found] != expected:
+        raise FormatError(f"step 0: completions of other prompts or another number of them; {_APART}")
+    completions = tuple(Prompt(ids, start, unit) for (ids, start), unit in zip(found, units, strict=True))
+    if not torch.equal(text_ids(completions), tensors[COMPLETION_IDS]):
+        raise FormatError(f"step 0: completions whose readings were not kept; {_APART}")
     means = {name: tensors[START + name] for name in plan.hookpoints}
     return RolloutStart(prompts, completions, means, tuple(tensors[ENDS].tolist()), full, 0, 0.0)
 

@@ -1,7 +1,8 @@
 """The pipeline in one file: capture → read → drift → record, for one ``train()``.
 
     start     read θ_0 twice → fit directions and probes, admit concepts → rows, snapshot, texts
-    measure   read θ_t → rows of every metric → timeline        (→ sampled completions, where they are wanted)
+    measure   read θ_t → rows of every metric → timeline
+    sample    completions of fixed prompts, where they are wanted: written by θ_t and by θ_0, read by both → rows
     keep      measure, unless just done → snapshot beside the checkpoint
 
 When each is called is the callback's business (:mod:`interp_rlhf.callback`). Every method but the small ones is a
@@ -12,15 +13,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from interp_rlhf.activations.reference import Reference, check_is_start, reading_difference
-from interp_rlhf.audit.store import RunStore
+from interp_rlhf.activations.reference import Reference, check_is_start, find_frozen, reading_difference
+from interp_rlhf.audit.store import RunStore, load_run
+from interp_rlhf.audit.texts import read_texts
 from interp_rlhf.baseline import (
     Baseline,
     baseline_tensors,
@@ -32,11 +34,24 @@ from interp_rlhf.baseline import (
 )
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, barrier, run_on_main
-from interp_rlhf.errors import MeasurementError
+from interp_rlhf.errors import FormatError, MeasurementError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
-from interp_rlhf.plan import Plan, TextTable
+from interp_rlhf.plan import Plan, Refusal, TextTable
 from interp_rlhf.reading import Reading, read_table
+from interp_rlhf.rollout_labels import Labeller, label_completions
+from interp_rlhf.rollouts import (
+    RolloutReadings,
+    RolloutStart,
+    measure_rollouts,
+    quadrant_rows,
+    rollout_cost_rows,
+    rollout_lines,
+    rollout_rows,
+    rollout_tensors,
+    start_rollouts,
+    stored_rollouts,
+)
 from interp_rlhf.stored_plan import plan_lines
 
 log = logging.getLogger("interp_rlhf")
@@ -53,11 +68,16 @@ class Session:
     plan: Plan
     reference: Reference
     store: RunStore
+    attempt: Callable[[int, str, Callable[[], None]], None]  # runs what may fail without costing the rest
+    ref_model: nn.Module | None = None
+    samples: bool = False  # whether completions are sampled
+    labels: Labeller | None = None
     segment: int = 0
     fitted: Baseline | None = None
     table: TextTable | None = None  # what a measurement reads; None until step 0 was measured
     start_means: Mapping[str, Tensor] = field(default_factory=dict)
     reading: Reading | None = None
+    rollouts: RolloutStart | None = None
     rows: tuple[Measurement, ...] = ()
     tried_step: int = -1  # a failed measurement is tried again when the next one is due, not at every log
     measured_step: int = -1
@@ -87,6 +107,8 @@ class Session:
         if stored and self.reference.kind == "copy":
             log.warning("reference: copy: none was kept of step 0, the resumed run goes by its readings (cached)")
             self.reference = Reference("cached")
+        if self.samples:
+            self._start_rollouts(resumed=stored is not None)
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), self.world)
         self.tried_step = self.measured_step = self.saved_step = step
@@ -108,7 +130,7 @@ class Session:
     def _fit(self, table: TextTable, first: Reading, again: Reading) -> list[str]:
         self.fitted = fitted = fit_baseline(self.plan, table, first, again, self.config)
         for refusal in fitted.refused:
-            self.store.event("refused", **asdict(refusal))
+            self._refuse(refusal)
         return [concept.name for concept in fitted.concepts]
 
     def _record_start(self, step: int, table: TextTable, first: Reading, again: Reading, began: float) -> None:
@@ -118,7 +140,34 @@ class Session:
         if decode is not None:
             self.store.texts("texts", ({"id": p.id, "text": decode(list(p.input_ids))} for p in table.prompts))
         self.store.texts("plan", plan_lines(self.plan))
-        self._snapshot(step, baseline_tensors(table, first, again) | direction_tensors(self.baseline), start=True)
+        tensors = baseline_tensors(table, first, again) | direction_tensors(self.baseline)
+        if self.rollouts is not None:
+            self.store.texts("completions", rollout_lines(self.rollouts))
+            tensors |= rollout_tensors(self.rollouts)
+            cost = rollout_cost_rows(self.rollouts, self.baseline, self.segment, step)
+            self.store.append(cost)
+            self.rows = (*self.rows, *cost)
+        self._snapshot(step, tensors, start=True)
+
+    def _start_rollouts(self, *, resumed: bool) -> None:
+        """Let the start write, or find what it wrote. Where that cannot be, the reason stands in for every number."""
+        try:
+            if resumed:
+                kept = run_on_main(self._kept_rollouts, self.world)
+                self.rollouts = stored_rollouts(*kept, self.model, self.plan, self.config)
+            else:
+                self.rollouts = start_rollouts(self.model, self.plan, self.config, self.world)
+        except (MeasurementError, FormatError) as error:
+            reason = str(error)
+            log.warning("sampled completions are not measured: %s", reason)
+            run_on_main(lambda: self._refuse(Refusal("sampled completions", "", reason)), self.world)
+
+    def _kept_rollouts(self) -> tuple[list[dict[str, Any]], Mapping[str, Tensor]]:
+        lines = read_texts(self.store.output_dir, load_run(self.store.folder).events, "completions")
+        return lines, self.store.baseline() or {}
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.store.event("refused", **asdict(refusal))
 
     # -- one measurement -------------------------------------------------------------------------------------------
 
@@ -137,10 +186,49 @@ class Session:
             tokens += start.tokens
         self.rows = run_on_main(lambda: self._compare(step, reading, tokens, began), self.world)
         self.reading, self.measured_step = reading, step
+        if self.rollouts is not None:
+            self.attempt(step, "sampled completions", lambda: self._sample(step))
 
     def _compare(self, step: int, reading: Reading, tokens: int, began: float) -> tuple[Measurement, ...]:
         rows = drift_rows(self.baseline, reading, self.config, self.segment, step)
         return self._record(step, rows, tokens, began)
+
+    def _sample(self, step: int) -> None:
+        """Let the policy write on the same prompts; read what it and the start wrote, under both where that can be."""
+        start = self.rollouts
+        if start is None:
+            raise MeasurementError(f"step {step}: the start has written nothing to compare with")
+        frozen = self.reference if self.reference.kind != "cached" else None
+        if self.config.reference == "auto":
+            frozen = find_frozen(self.model, self.ref_model)
+        found = measure_rollouts(start, self.model, frozen, self.plan, self.config, self.world)
+        self.spent += found.seconds
+        self.rows = (*self.rows, *run_on_main(lambda: self._compare_rollouts(step, start, found), self.world))
+
+    def _compare_rollouts(self, step: int, start: RolloutStart, found: RolloutReadings) -> tuple[Measurement, ...]:
+        place = (self.baseline, self.config, self.segment, step)
+        rows = (*rollout_rows(start, found, *place), *rollout_cost_rows(found, self.baseline, self.segment, step))
+        self.store.append(rows)
+        if found.no_reference:
+            self._refuse(Refusal("shift: text and representation apart", "", found.no_reference))
+        return (*rows, *self._quadrant(start, found, step))
+
+    def _quadrant(self, start: RolloutStart, found: RolloutReadings, step: int) -> tuple[Measurement, ...]:
+        """What a user's labels say of the completions beside what the probes see; a failure costs these rows only."""
+        rows: list[Measurement] = []
+
+        def work(label: Labeller) -> None:
+            both = (start.completions, found.completions)
+            before, after = (label_completions(label, texts, self.tokenizer) for texts in both)
+            probes = {place: panel.mean_probe(*place) for place, panel in self.baseline.panels.items()}
+            read = {place: (probe.weight, probe.bias) for place, probe in probes.items()}
+            place = (self.baseline, self.config, self.segment, step)
+            rows.extend(quadrant_rows(start, found, before, after, read, *place))
+            self.store.append(rows)
+
+        if (label := self.labels) is not None:
+            self.attempt(step, "the quadrant", lambda: work(label))
+        return tuple(rows)
 
     def keep(self, step: int, checkpoint: Path | None) -> None:
         """Measure ``step`` unless it was just done; snapshot it, beside its checkpoint where it has one."""

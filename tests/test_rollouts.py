@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import sys
 import types
@@ -33,6 +34,7 @@ from interp_rlhf.rollouts import (
     measure_rollouts,
     quadrant_rows,
     rollout_cost_rows,
+    rollout_lines,
     rollout_rows,
     rollout_tensors,
     start_rollouts,
@@ -235,15 +237,23 @@ def test_prompts_that_fill_the_context_are_left_out_and_counted() -> None:
 
 def test_what_the_start_wrote_comes_back_when_a_run_is_resumed() -> None:
     start = start_rollouts(causal_lm(), planned(), settings(), ALONE)
+    lines = json.loads(json.dumps(list(rollout_lines(start))))
     kept = {"other": torch.zeros(1), **rollout_tensors(start)}
-    found = stored_rollouts(kept, moved(), planned(), settings())
+    assert set(kept) == {"other", "rollout/ends", "rollout/completion_ids", *(f"rollout/start/{p}" for p in POINTS)}
+    found = stored_rollouts(lines, kept, moved(), planned(), settings())
     assert (found.prompts, found.completions, found.ends) == (start.prompts, start.completions, start.ends)
     assert all(torch.equal(found.means[point], start.means[point]) for point in POINTS)
-    with pytest.raises(FormatError, match=r"no rollout/start/layers\.2\.resid_post"):
-        stored_rollouts({k: v for k, v in kept.items() if POINTS[1] not in k}, moved(), planned(), settings())
+    with pytest.raises(FormatError, match=r"rollout/start/layers\.2\.resid_post: found none"):
+        fewer = {name: value for name, value in kept.items() if POINTS[1] not in name}
+        stored_rollouts(lines, fewer, moved(), planned(), settings())
+    with pytest.raises(FormatError, match="texts of completions: found none"):
+        stored_rollouts([], kept, moved(), planned(), settings())
     for changed in (settings(completions=2), settings(prompts=9)):
         with pytest.raises(FormatError, match="of other prompts or another number of them"):
-            stored_rollouts(kept, moved(), planned(), changed)
+            stored_rollouts(lines, kept, moved(), planned(), changed)
+    other = [{**lines[0], "input_ids": [*lines[0]["input_ids"], 5]}, *lines[1:]]
+    with pytest.raises(FormatError, match="whose readings were not kept"):
+        stored_rollouts(other, kept, moved(), planned(), settings())
 
 
 def _rank(rank: int, rendezvous: str, found: Any) -> None:
@@ -275,6 +285,7 @@ def test_two_processes_write_and_read_what_one_does(tmp_path: Path) -> None:
 
 def test_quadrant_rows_against_the_rule_by_hand() -> None:
     start, readings, _ = measured(moved(4.0), COPY)
+    start = replace(start, means={POINTS[1]: start.means[POINTS[1]] + 0.1 * V})  # the bands are of y_0 too
     rng = np.random.default_rng(0)
     labels = [bool(rng.random() < 0.6) if rng.random() < 0.9 else None for _ in readings.completions]
     labels_0 = [False] * len(start.completions)

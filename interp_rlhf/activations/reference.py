@@ -71,6 +71,17 @@ def find_reference(kind: str, policy: nn.Module, ref_model: nn.Module | None) ->
     return Reference("copy", _frozen_copy(find_peft(policy) or unwrap_model(policy)))
 
 
+def find_frozen(policy: nn.Module, ref_model: nn.Module | None) -> Reference | None:
+    """A model that may be θ_0 and can read new texts: the policy without its adapter, else the trainer's reference.
+
+    Whether it is θ_0 has to be checked on texts that were read at step 0. ``None`` where there is none.
+    """
+    peft_model = find_peft(policy)
+    if peft_model is not None:
+        return Reference("adapter", peft_model)
+    return None if ref_model is None else Reference("ref_model", ref_model)
+
+
 def find_peft(model: nn.Module) -> PeftModel | None:
     """The PEFT model around the policy, which its ``disable_adapter`` tells; ``None`` where there is none."""
     for module in wrappers(model):
