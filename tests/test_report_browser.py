@@ -8,15 +8,16 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from planted_run import PLANTED, SAVED, planted_run
-from synthetic_run import SyntheticRun, make_run
+from synthetic_run import SyntheticRun, make_run, store_controls, store_run, with_panels
 
+from interp_rlhf.audit.store import load_run
 from interp_rlhf.report.html import write_report
 from interp_rlhf.report.tables import headline_key
 
@@ -113,7 +114,7 @@ def _connect(profile: Path, process: subprocess.Popen[bytes]) -> Tab:
 
 def _live_rows(run: SyntheticRun) -> dict[tuple[Any, ...], Any]:
     return {
-        (r.metric, r.readout, r.hookpoint, r.segment, r.step): r
+        (r.metric, r.readout, r.hookpoint, r.text, r.reader, r.segment, r.step): r
         for r, superseded in zip(run.rows, run.superseded, strict=True)
         if not superseded
     }
@@ -127,7 +128,8 @@ def check_numbers(tab: Tab, rows: Mapping[tuple[Any, ...], Any]) -> list[dict[st
     )
     assert shown
     for cell in shown:
-        key = (cell["metric"], cell["readout"], cell["hookpoint"], int(cell["segment"]), int(cell["step"]))
+        place = (cell[name] for name in ("metric", "readout", "hookpoint", "text", "reader"))
+        key = (*place, int(cell["segment"]), int(cell["step"]))
         exact = getattr(rows[key], cell["field"])
         assert float(cell["value"]) == exact and cell["number"] == exact, cell
         factor = 100 if cell["metric"] == "cost_fraction" else 1
@@ -138,7 +140,7 @@ def check_numbers(tab: Tab, rows: Mapping[tuple[Any, ...], Any]) -> list[dict[st
 
 
 def test_every_number_in_the_dom_is_its_timeline_row(tab: Tab, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "interp", concepts=NAMES, steps=range(0, 50, 10), resumed_at=20)
+    run = with_panels(make_run(tmp_path / "interp", concepts=NAMES, steps=range(0, 50, 10), resumed_at=20))
     tab.open(write_report(run, tmp_path / "report.html"))
     shown = check_numbers(tab, _live_rows(run))
     headline = {(c["metric"], c["readout"]) for c in shown if c["table"] == "headline" and c["field"] == "value"}
@@ -162,7 +164,7 @@ def _stored_rows(folder: Path) -> dict[tuple[Any, ...], SimpleNamespace]:
     """Measurements as the timeline's lines spell them, read without the package."""
     lines = map(json.loads, (folder / "interp" / "timeline.jsonl").read_text(encoding="utf-8").splitlines())
     rows = [SimpleNamespace(**line) for line in lines if "event" not in line]
-    return {(r.metric, r.readout, r.hookpoint, r.segment, r.step): r for r in rows}
+    return {(r.metric, r.readout, r.hookpoint, r.text, r.reader, r.segment, r.step): r for r in rows}
 
 
 def test_every_number_of_a_real_run_is_its_timeline_row(tab: Tab, trained: tuple[Path, dict[str, float]]) -> None:
@@ -175,8 +177,10 @@ def test_every_number_of_a_real_run_is_its_timeline_row(tab: Tab, trained: tuple
     for r in last:
         kind = r.metric.split("/")[0]
         if kind != "cost" and not r.metric.startswith("concept/behaviour"):
-            table = {"representation": "representation-table", "concept": "readings", "cost_fraction": ""}[kind]
-            assert (table, r.metric, r.readout, r.hookpoint, "value") in found, r
+            table = {"representation": "representation-table", "cost_fraction": "", "probe": "probes-table",
+                     "shift": "shift-table", "quadrant": "quadrant-table"}.get(kind, "readings")  # fmt: skip
+            field = "p" if kind == "specificity" else "value"
+            assert (table, r.metric, r.readout, r.hookpoint, field) in found, r
     assert {c[2] for c in found if c[0] == "headline"} == {PLANTED, SAVED}
     assert ("headline", "concept/behaviour_change", PLANTED, "", "ci_high") in found
     by_key = {headline_key(r): r for r in last}
@@ -201,10 +205,12 @@ def test_a_number_that_is_not_its_row_is_seen(tab: Tab, trained: tuple[Path, dic
 def test_headline_rows_of_a_real_run_follow_from_the_timeline(tab: Tab, trained: tuple[Path, dict[str, float]]) -> None:
     folder, _ = trained
     tab.open(folder / "interp" / "report.html")
-    rows = [r for r in _stored_rows(folder).values() if r.step == 10 and r.metric == "concept/drift"]
+    stored = _stored_rows(folder)
+    rows = [r for r in stored.values() if r.step == 10 and r.metric == "concept/drift"]
     table = tab.value(
         "[...document.querySelectorAll('#headline tbody tr')].map(tr => { const cells = [...tr.children]; return {"
-        "name: cells[0].textContent, verdict: cells[1].textContent, n: Number(cells[6].textContent), hookpoint: "
+        "name: cells[0].textContent, verdict: cells[1].querySelector('.badge').textContent.slice(2), "
+        "n: Number(cells[6].textContent), hookpoint: "
         "cells[3].querySelector('code').textContent, where: cells[3].querySelector('small')?.textContent || '', "
         "detectable: cells[2].querySelector('small')?.textContent || '', rest: cells.slice(1, 6).map(td => { const c = "
         "td.cloneNode(true); c.querySelectorAll('.num, code, small').forEach(e => e.remove()); return c.textContent; })"
@@ -216,7 +222,7 @@ def test_headline_rows_of_a_real_run_follow_from_the_timeline(tab: Tab, trained:
         moved = [r for r in mine if r.ci_low > 0.1 or r.ci_high < -0.1]
         top = max(moved or mine, key=lambda r: abs(r.value))
         assert line["hookpoint"] == top.hookpoint and line["n"] == top.n
-        assert ("not detected" in line["verdict"]) is not bool(moved) and ("moved" in line["verdict"]) is bool(moved)
+        assert line["verdict"] == _verdict(moved, stored.values())
         if len(mine) > 1:
             assert line["where"] == (f"moved at {len(moved)} of {len(mine)}" if moved else f"largest of {len(mine)}")
         if not moved:
@@ -225,6 +231,44 @@ def test_headline_rows_of_a_real_run_follow_from_the_timeline(tab: Tab, trained:
     lead = tab.value("document.getElementById('summary').textContent")
     count = len({r.readout for r in rows if r.ci_low > 0.1 or r.ci_high < -0.1})
     assert f"Of {len(table)} concepts read at step 10, {count} moved" in lead
+
+
+def _verdict(moved: list[SimpleNamespace], stored: Iterable[SimpleNamespace]) -> str:
+    """What a run without control runs may say, from the rows alone."""
+    bands = [r for r in stored if r.step == 10 and (r.metric == "concept/drift" or r.metric.startswith("specificity/"))]
+    for at in moved:
+        here = [r for r in bands if (r.readout, r.hookpoint) == (at.readout, at.hookpoint) and r.null_low is not None]
+        if here and all(not r.null_low <= r.value <= r.null_high for r in here):
+            return "specific"
+    return "moved" if moved else "not detected"
+
+
+def test_control_runs_and_panels_are_drawn_without_errors(tab: Tab, tmp_path: Path) -> None:
+    run = with_panels(make_run(tmp_path / "interp", concepts=NAMES, steps=(0, 10, 20)))
+    store_run(tmp_path, run.info, run.rows)
+    store_controls(run, 19, tmp_path, scale=0.15)
+    page = write_report(load_run(tmp_path), tmp_path / "report.html")
+    for width in (360, 1280):
+        tab.open(page, width=width)
+        assert tab.value("document.documentElement.scrollWidth") <= width
+        assert tab.problems() == [] and [u for u in tab.requested() if not u.startswith("data:")] == [page.as_uri()]
+    check_numbers(tab, _live_rows(run))
+    tally = tab.value("[...document.querySelectorAll('.tally li')].map(e => e.querySelector('strong').textContent)")
+    badges = tab.value("[...document.querySelectorAll('#headline .badge')].map(e => e.textContent.slice(2))")
+    words = ("attributable", "specific", "moved", "not detected")
+    assert tally == [str(badges.count(word)) for word in words] and badges.count("attributable") == 2
+    points = "document.getElementById('fig-controls')._fullData.find(t => t.name === 'control runs').x.length"
+    assert tab.value(points) == 19 * len(NAMES)
+    grey = (
+        "document.getElementById('fig-drift-0')._fullData.filter(t => t.visible === true && t.name === 'control runs')"
+    )
+    assert tab.value(f"{grey}.map(t => t.y.length)") == [19 * 4]  # three steps and a gap each
+    for index in range(len(NAMES)):
+        assert tab.value("document.getElementById('concept').selectedIndex") == index
+        assert tab.value(f"{grey}.map(t => t.meta)") == [index]
+        tab.value("document.getElementById('next').click()")
+    for place in ("fig-shift-0", "fig-quadrant"):
+        assert tab.value(f"document.getElementById('{place}').querySelectorAll('.bars .point').length") > 0
 
 
 @pytest.mark.parametrize(

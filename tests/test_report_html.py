@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import SyntheticRun, drift_row, make_run
+from synthetic_run import (
+    SyntheticRun,
+    control_rows,
+    drift_row,
+    make_run,
+    store_controls,
+    store_run,
+    with_panels,
+)
 
 from interp_rlhf.audit.store import RunStore, load_run
 from interp_rlhf.errors import FormatError, InterpError
@@ -53,20 +61,30 @@ class Page(HTMLParser):
         return " ".join(self.text.split())
 
 
-def test_headline_numbers_are_the_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("panels", [False, True])
+def test_every_number_is_its_row_and_every_row_of_the_last_step_is_there(tmp_path: Path, panels: bool) -> None:
     run = make_run(tmp_path / "interp", concepts=NAMES, resumed_at=20)
+    run = with_panels(run) if panels else run
     rows = {
-        (r.metric, r.readout, r.hookpoint, r.segment, r.step): r
+        (r.metric, r.readout, r.hookpoint, r.text, r.reader, r.segment, r.step): r
         for r, superseded in zip(run.rows, run.superseded, strict=True)
         if not superseded
     }
     marked = [a for _, a in Page(render_report(run)).elements if "data-value" in a]
+    seen = set()
     for a in marked:
-        key = (a["data-metric"], a["data-readout"], a["data-hookpoint"], int(a["data-segment"]), int(a["data-step"]))
-        assert a["data-value"] == repr(getattr(rows[key], a["data-field"]))
-    seen = {(a["data-metric"], a["data-readout"], a["data-hookpoint"]) for a in marked}
-    last = {(r.metric, r.readout, r.hookpoint) for r in rows.values() if r.step == 40}
-    assert last - seen == {("concept/behaviour", name, "") for name in NAMES}
+        place = tuple(a[f"data-{name}"] for name in ("metric", "readout", "hookpoint", "text", "reader"))
+        r = rows[(*place, int(a["data-segment"]), int(a["data-step"]))]
+        assert a["data-value"] == repr(getattr(r, a["data-field"]))
+        seen |= {(place, a["data-field"])}
+    last = [(key[:5], r) for key, r in rows.items() if r.step == 40]
+    unseen = {place for place, _ in last} - {place for place, _ in seen}
+    assert {place[:3] for place in unseen} == {("concept/behaviour", name, "") for name in NAMES}
+    for place, r in last:
+        if r.metric.startswith("specificity/"):
+            assert {(place, field) for field in ("null_low", "null_high", "p")} <= seen
+        if r.metric == "concept/drift_t":
+            assert {(place, field) for field in ("value", "p")} <= seen
 
 
 def test_a_run_read_back_from_disk(tmp_path: Path) -> None:
@@ -105,6 +123,62 @@ def test_every_link_leads_inside_the_page(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
     assert not [a for _, a in elements if a.get("src") or a.get("srcset") or a.get("action")]
+
+
+def test_control_runs_on_the_page(tmp_path: Path) -> None:
+    run = with_panels(make_run(tmp_path / "interp", concepts=NAMES))
+    store_run(tmp_path, run.info, run.rows)
+    store_controls(run, 19, tmp_path, scale=0.15)
+    other = {**run.info, "seed": 5, "control": {"number": 20, "kind": "pairs swapped", "changed": 1}}
+    store_run(tmp_path / "_controls" / "20", other, control_rows(run))
+    source = render_report(load_run(tmp_path))
+    words = Page(source).words
+    assert "Attributable to the preferences : agreeing with the user" in words.replace("preferences:", "preferences :")
+    for expected in ("19 control runs (pairs swapped): smallest possible p 0.05", "p 0.05 of 19", "Left out",
+                     "run.json differs in seed: absent → 5", "Thin grey lines: control runs"):  # fmt: skip
+        assert expected in words
+    assert "nothing here says that these preferences" not in words and str(tmp_path) not in source
+    lines = [t for f in _figures(source) for t in f["data"] if t.get("name") == "control runs" and t["mode"] == "lines"]
+    assert len(lines) == 16 and len({t["meta"] for t in lines}) == 4
+    strips = [f for f in _figures(source) if any(t.get("name") == "this run, attributable" for t in f["data"])]
+    (points,) = [t for t in strips[0]["data"] if t["name"] == "control runs"]
+    values = sorted(max(abs(r.value) for r in control_rows(run, scale=0.15, seed=seed)
+                        if r.readout == name and r.step == 40) for seed in range(1, 20) for name in NAMES)  # fmt: skip
+    assert sorted(points["x"]) == values
+    assert render_report(load_run(tmp_path)) == source
+
+
+def test_too_few_control_runs_and_a_control_run_itself(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp")
+    store_run(tmp_path, run.info, run.rows)
+    store_controls(run, 3, tmp_path)
+    words = Page(render_report(load_run(tmp_path))).words
+    assert "the smallest possible p is 0.25; 19 are needed for 0.05" in words
+    assert "not decided, takes 19 control runs" in words and "Attributable to the preferences" not in words
+    itself = Page(render_report(load_run(tmp_path / "_controls" / "03"))).words
+    assert itself.index("This is control run 3: pairs swapped.") < itself.index("Concepts at the last step")
+    assert "Nothing in it can be because of the preferences" in itself
+
+
+def test_panels_are_only_there_with_their_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp")
+    plain = {a.get("id") for _, a in Page(render_report(run)).elements}
+    tables = {"probes-table", "shift-table", "quadrant-table", "fig-quadrant", "fig-shift-0"}
+    assert not tables & plain
+    reason = "the start was not kept <whole>"
+    run.events = [{"event": "refused", "readout": "shift/representation", "hookpoint": "", "reason": reason}]
+    page = Page(render_report(with_panels(run)))
+    assert tables <= {a.get("id") for _, a in page.elements}
+    assert page.words.count("not measured") >= 12 and f"Not measured: {reason}" in page.words
+    assert "on-domain" not in page.words.partition("Probes are fitted")[0]  # a column only where it has rows
+
+
+def test_the_step_of_older_panels_is_said(tmp_path: Path) -> None:
+    run = with_panels(make_run(tmp_path / "interp", steps=(0, 10)))
+    later = drift_row("refusal", "layers.0.resid_post", 20, 0.5)
+    run.rows, run.superseded = [*run.rows, later], [*run.superseded, False]
+    words = Page(render_report(run)).words
+    assert "Read at step 10." in words and "Sampled at step 10." in words
 
 
 def test_superseded_rows_are_neither_shown_nor_drawn(tmp_path: Path) -> None:

@@ -218,13 +218,35 @@ def test_headline_keys_and_values() -> None:
         row("concept/auc", "be kind", "layers.3.resid_post", 5, 0.8),
         row("cost_fraction", "", "", 5, 0.01),
         drift_row("be kind", "layers.3.resid_post", 5, 9.0, text="rollout"),
+        row("probe/staleness", "be kind", "layers.3.resid_post", 5, 0.125),
+        row("probe/staleness", "be kind", "layers.3.resid_post", 5, 0.5, reader="reference"),
+        row("shift/total", "be kind", "layers.3.resid_post", 5, 0.75, text="rollout"),
+        row("shift/text", "be kind", "layers.3.resid_post", 5, 0.5, text="rollout"),
     ]
     assert headline(rows, 50) == {
         "interp/concept/behaviour_change/be kind": 1.5,
         "interp/concept/drift/be kind@layers.3.resid_post": 0.25,
         "interp/cost_fraction": 0.01,
+        "interp/probe/staleness/be kind@layers.3.resid_post": 0.125,
         "interp/representation/cka@layers.3.resid_post": 0.9,
+        "interp/shift/total/be kind@layers.3.resid_post": 0.75,
     }
+    priority = [
+        key.split("/be kind")[0].split("@")[0]
+        for n in range(1, 8)
+        for key in {*headline(rows, n)} - {*headline(rows, n - 1)}
+    ]
+    assert priority == [
+        f"interp/{metric}"
+        for metric in (
+            "cost_fraction",
+            "concept/drift",
+            "representation/cka",
+            "concept/behaviour_change",
+            "probe/staleness",
+            "shift/total",
+        )
+    ]
     assert headline(rows, 0) == {}
 
 

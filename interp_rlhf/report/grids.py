@@ -84,7 +84,7 @@ SHIFT: tuple[Column, ...] = (
     Column("shift/total", "total", "metric-shift", format="%+.3f"),
     Column("shift/text", "text", "metric-shift", format="%+.3f"),
     Column("shift/representation", "representation", "metric-shift", format="%+.3f"),
-    Column("shift/representation_on_start", "representation, on what the start wrote", "metric-shift", format="%+.3f"),
+    Column("shift/representation_on_start", "representation, on the start's text", "metric-shift", format="%+.3f"),
     Column("shift/interaction", "interaction", "metric-shift", format="%+.3f"),
 )
 QUADRANT: tuple[Column, ...] = (

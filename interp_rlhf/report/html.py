@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from interp_rlhf.audit.store import Run
 
 
+#: Words in the name of something not measured that has to do with sampled completions.
+_SAMPLED = ("shift", "rollout", "completion")
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure as the template needs it: an element id, words, and the JSON that the page's script reads."""
@@ -88,7 +92,7 @@ def render_report(run: Run, *, texts: bool = False) -> str:
         segments=sorted(int(s) for s in table["segment"].unique()), titles=figures.REPRESENTATION_TITLES,
         tally={verdict: verdicts.count(verdict) for verdict in VERDICTS}, **context,
         further_nulls=any(len(finding.nulls) > 1 for finding in summary.findings),
-        shift_reasons=[m.reason for m in summary.not_measured if m.what.startswith(("shift", "rollout"))],
+        shift_reasons=[m.reason for m in summary.not_measured if any(word in m.what for word in _SAMPLED)],
     )  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def quadrant_panel(grid: Grid) -> Panel | None:
         if found:
             figure.add_trace(_bars(found, column.title, colour, ""))
     figure.update_xaxes(title="share of completions", range=[0, 1])
-    name_axis(figure, [f"{line.concept} · {line.hookpoint}" if line.hookpoint else line.concept for line in lines])
+    several = len({line.hookpoint for line in lines}) > 1
+    name_axis(figure, [f"{line.concept} · {line.hookpoint}" if several else line.concept for line in lines])
     figure.update_layout(barmode="stack", bargap=0.4, showlegend=True, legend=_LEGEND | {"traceorder": "normal"})
     return Panel("What the sampled completions are", figure)
 
