@@ -19,6 +19,7 @@ from trainers.tiny_runs import direct_means, small
 
 from interp_rlhf import Direction, LinearProbe
 from interp_rlhf.activations.labelled import LabelledTexts
+from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.activations.tokenizers import tokenizer_hash
 from interp_rlhf.errors import ConfigError, FormatError, HookpointError, InterpError, PromptError
 from interp_rlhf.fitting import FitOptions, FitReport, fit_direction, fit_probe_file
@@ -135,8 +136,18 @@ def test_preference_pairs_and_the_threshold(tmp_path: Path) -> None:
     assert report.name == "answers" and report.recall > 0.5
     assert f"recall {report.recall:.3f} at a false-positive rate of 0.25" in str(report)
     assert f"held-out AUC {report.auc:.3f}" in str(report) and str(out) in str(report)
-    probe, pairs = LinearProbe.load(out), 60
-    assert probe.threshold is not None and report.n_positive == pairs
+    read = [row_texts(json.loads(line), tokenizer(), max_length=512)[0].pair for line in path.open()]
+    positive, negative = readings(read)
+    own, seen, thresholds = np.array(pair_folds([pair.group for pair in read], 5, 0)), [], []
+    for fold in range(5):
+        x, truth = np.r_[positive[own != fold], negative[own != fold]], np.arange(2 * (own != fold).sum())
+        model = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cg", tol=1e-12))
+        model.fit(x, truth < len(truth) // 2)
+        held, others = (model.decision_function(side[own == fold]) for side in (positive, negative))
+        thresholds.append(min(t for t in others if (others > t).mean() <= 0.25))
+        seen += (held > thresholds[-1]).tolist()
+    assert report.recall == pytest.approx(np.mean(seen), abs=1e-9) and len(seen) == report.n_positive == 60
+    assert LinearProbe.load(out).threshold == pytest.approx(np.mean(thresholds), abs=1e-2)
     again = fit_probe_file(saved_model(0), tmp_path / "b.safetensors", FitOptions(HOOKPOINT, pairs=path, fpr=0.25))
     assert out.read_bytes() == (tmp_path / "b.safetensors").read_bytes() and again.auc == report.auc
 

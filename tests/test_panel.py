@@ -278,6 +278,14 @@ def test_recall_needs_enough_negatives_and_says_so() -> None:
     assert start(classes(50, 6, 1.0)).no_recall == ""
 
 
+def test_a_positive_at_the_threshold_is_not_above_it() -> None:
+    sides = classes(60, 6, 1.0)
+    begun = start(sides)
+    same = panel.panel_estimates(begun, sides[1], sides[1].flip(0), resamples=100)  # positives that read as negatives
+    own = np.array(begun.folds)
+    assert by_name(same)["probe/recall"].value == sum(int(0.2 * (own == fold).sum()) for fold in range(5)) / 60
+
+
 @pytest.mark.parametrize("fpr", [0.1, 0.2, 0.29, 0.3])
 def test_thresholds_are_the_smallest_that_keep_the_rate(fpr: float) -> None:
     scores = np.random.default_rng(3).normal(size=100).round(1)  # ties
