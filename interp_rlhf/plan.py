@@ -251,23 +251,23 @@ def _pack_concept(
     if tokenizer is None:
         return None, Refusal(pack.name, "", "the trainer has no tokenizer to read the pack's texts with")
     pairs = render(pack, tokenizer, limit)
-    _check_apart(pack.name, pairs)
+    if reason := _twice(pairs):
+        return None, Refusal(pack.name, "", reason)
     fit, held = split(pairs, config.seed)
     if min(len(fit), len(held)) < 8:
         return None, Refusal(pack.name, "", f"only {len(pairs)} pairs fit into {limit} tokens, 16 are needed")
     return ConceptTexts(pack.name, "named", tuple(fit), tuple(held)), None
 
 
-def _check_apart(name: str, pairs: Sequence[ContrastPair]) -> None:
-    """A text that occurs in two groups may be fitted on and read: that would let a probe know the answer."""
+def _twice(pairs: Sequence[ContrastPair]) -> str:
+    """Why pairs cannot be split by group: a text in two groups would be fitted on and read. Empty where they can."""
     place: dict[str, str] = {}
     for pair in pairs:
         for prompt in (pair.positive, pair.negative):
             if place.setdefault(prompt.id, pair.group) != pair.group:
-                raise PromptError(
-                    f"concept pack {name}: expected each text in one group, found the same text (id {prompt.id}) in "
-                    f"the groups {place[prompt.id]!r} and {pair.group!r}; both halves would hold it"
-                )
+                groups = f"{place[prompt.id]!r} and {pair.group!r}"
+                return f"for this tokenizer the groups {groups} hold the same text (id {prompt.id})"
+    return ""
 
 
 def _bank(config: InterpConfig, tokenizer: Any, limit: int) -> tuple[ConceptTexts, ...]:

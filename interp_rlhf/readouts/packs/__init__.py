@@ -115,7 +115,21 @@ def _parse(text: str, where: str) -> Pack:
     for (number, _), pair in zip(rows[1:], pairs, strict=True):
         if pair.positive == pair.negative:
             raise PromptError(f"{where}, line {number}: expected two different answers, found the same twice")
+    _check_apart([(number, pair) for (number, _), pair in zip(rows[1:], pairs, strict=True)], where)
     return Pack(header.pack, header.description, pairs)
+
+
+def _check_apart(pairs: Sequence[tuple[int, PackPair]], where: str) -> None:
+    """A text that stands in two groups would be fitted on and read, and the readout would know the answer."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for number, pair in pairs:
+        for answer in (pair.positive, pair.negative):
+            line, group = first.setdefault((pair.prompt, answer), (number, pair.group))
+            if group != pair.group:
+                raise PromptError(
+                    f"{where}, line {number}: expected each text in one group, found that of line {line} (group "
+                    f"{group!r}) again in group {pair.group!r}; both halves would hold it"
+                )
 
 
 def _line(cls: type, number: int, line: str, where: str) -> Any:
