@@ -345,9 +345,9 @@ def _last_drifts(timeline: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(found: Comparison) -> Iterator[str]:
-    against = "its own step 0" if found.start is None else found.start
-    yield f"interp_rlhf: {len(found.timelines)} compared with {against}; drift in standard deviations (SD) of step 0;"
-    yield "* = outside the band of comparable directions."
+    against = "each against its own step 0" if found.start is None else f"against step 0 = {found.start}"
+    yield f"interp_rlhf: {len(found.timelines)} beside each other, {against}; drift in standard deviations (SD) of it;"
+    yield "* = specific: outside the bands of comparable directions."
     for name, summary in found.summaries.items():
         yield f"{name} (step {summary.step}):" if summary.step is not None else f"{name}: nothing was measured"
         for title, findings in (("moved", summary.moved), ("not detected", summary.not_detected)):
@@ -361,6 +361,7 @@ def _lines(found: Comparison) -> Iterator[str]:
     yield from (f"Not compared: {reason}" for reason in found.not_compared)
     if found.controls:
         yield f"Control runs beside: {', '.join(found.controls)}"
+    yield "Nothing here says why they differ, or that preferences are the reason for a drift."
 
 
 def _finding(finding: Finding) -> str:

@@ -196,6 +196,24 @@ def test_runs_that_cannot_be_subtracted_say_why(folders: Path, tmp_path: Path) -
     assert not found.differences and "texts was read on other prompts than full" in found.not_compared[0]
 
 
+def test_a_concept_of_other_pairs_is_not_subtracted(folders: Path, tmp_path: Path) -> None:
+    """Two packs of one name: each run has a drift, but not of the same concept."""
+    attached_run("dpo", tmp_path / "first")
+    lines = (tmp_path / "order.jsonl").read_text().splitlines()
+    (tmp_path / "order.jsonl").write_text("\n".join(lines[:-2]))
+    attached_run("dpo", tmp_path / "fewer")
+    found = compare(tmp_path / "first", tmp_path / "fewer")
+    assert found.not_compared == ("first and fewer: order: not read on the same pairs in fewer",)
+    assert "order" not in {difference.readout for difference in found.differences}
+
+
+def test_a_run_that_lost_its_last_snapshot_is_not_subtracted(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "full", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "interp" / "snapshots" / "01-step-000004")
+    found = compare(folders / "full", tmp_path / "cut")
+    assert not found.differences and "cut has no snapshot of its last step, 4" in found.not_compared[0]
+
+
 def test_an_adapter_whose_base_is_gone_is_put_on_the_first(tmp_path: Path, folders: Path) -> None:
     from peft import get_peft_model
 

@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from interp_rlhf import Direction, load_run
 from interp_rlhf.audit.store import RunStore
 from interp_rlhf.audit.timeline import to_frame
+from interp_rlhf.checkpoints import load_checkpoint
 from interp_rlhf.errors import ConfigError, FormatError, PromptError
 from interp_rlhf.offline import Measured, measure, measure_command
 from interp_rlhf.report.html import write_report
-from interp_rlhf.stored_plan import plan_lines
 
 QUICK: dict[str, Any] = {
     "hookpoints": ["layers.1.resid_post", "layers.2.resid_post"],
@@ -34,13 +34,10 @@ PLANTED = "planted"
 
 
 def attached_run(name: str, folder: Path, **changes: Any) -> Any:
-    """A finished run of four steps with checkpoints at 2 and 4, and its plan."""
+    """A finished run of four steps with checkpoints at 2 and 4."""
     settings = small(folder, probes={"enabled": False})
     settings["concepts"]["bank"] = False
     _, handle = train(name, folder, settings, max_steps=4, **changes)
-    path = folder / "_interp" / "01-plan.jsonl"
-    if not path.exists():
-        path.write_text("".join(json.dumps(line) + "\n" for line in plan_lines(handle.callback._plan)))
     return handle
 
 
@@ -125,11 +122,25 @@ def test_a_changed_plan_is_refused(dpo_run: Path, tmp_path: Path) -> None:
     shutil.copytree(dpo_run, tmp_path / "changed")
     path = tmp_path / "changed" / "_interp" / "01-plan.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    audit = next(line for line in lines if line.get("field") == "audit")
-    audit["value"]["prompts"].pop()
+    next(line for line in lines if line.get("field") == "max_length")["value"] += 1
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(FormatError, match=r"other bytes than the timeline|a plan of other audit texts"):
+    with pytest.raises(FormatError, match=r"01-plan\.jsonl: found other bytes than the timeline tells of"):
         measure(tmp_path / "changed" / "checkpoint-2")
+
+
+def test_a_runs_checkpoint_is_read_in_the_precision_it_was_saved_in(
+    dpo_run: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def spy(path: Path, **options: Any) -> Any:
+        asked.append(options.get("dtype", torch.float32))
+        return load_checkpoint(path, **options)
+
+    monkeypatch.setattr("interp_rlhf.starts.load_checkpoint", spy)
+    measure(dpo_run / "checkpoint-2")
+    measure(saved_model(3), base=saved_model(0), config=QUICK, data=pairs)
+    assert asked == ["auto", torch.float32, torch.float32]
 
 
 def test_a_planted_shift_is_found_in_a_checkpoint_that_was_never_attached(
@@ -169,7 +180,9 @@ def test_preference_pairs_of_the_file_give_a_concept(pairs: Path) -> None:
     found = measure(saved_model(0), base=saved_model(0), config=QUICK, data=pairs)
     start = found.start
     assert start.plan.concepts[0].name == "chosen_minus_rejected" and start.plan.audit.name == "pairs.jsonl"
-    values = frame(found).value
+    values, hookpoint = frame(found).value, "layers.1.resid_post"
+    assert not torch.equal(start.first.means[hookpoint], start.again.means[hookpoint])  # read in another order
+    assert torch.allclose(start.first.means[hookpoint], start.again.means[hookpoint], atol=1e-5)
     assert np.allclose(values.loc["representation/cosine"], 1, rtol=0, atol=1e-6) and found.step == 1
     assert not found.summary().moved
 

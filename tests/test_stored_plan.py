@@ -11,7 +11,7 @@ import pytest
 import torch
 from trainers.table import causal_lm, preferences, tokenizer
 
-from interp_rlhf import Direction, InterpConfig
+from interp_rlhf import Direction, InterpConfig, LinearProbe
 from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.errors import FormatError
@@ -32,7 +32,9 @@ def plan() -> Plan:
     words = tuple(prompt for prompt in made.audit.prompts[:2])
     labelled = LabelledTexts(name="order", prompts=words, labels=(True, False))
     bank = (replace(made.concepts[0], name="unrelated", held=()),)
-    return replace(made, directions=(saved,), audit=audit, refused=refused, bank=bank, on_domain=(labelled,))
+    probe = LinearProbe("order", made.hookpoints[0], torch.randn(32, generator=torch.Generator().manual_seed(1)), 0.1)
+    made = replace(made, bank=bank, on_domain=(labelled,), sealed=probe)
+    return replace(made, directions=(saved,), audit=audit, refused=refused)
 
 
 def stored(plan: Plan) -> list[dict[str, Any]]:
@@ -41,10 +43,13 @@ def stored(plan: Plan) -> list[dict[str, Any]]:
 
 def assert_same(found: Plan, plan: Plan) -> None:
     for part in fields(Plan):
-        if part.name != "directions":
+        if part.name not in ("directions", "sealed"):
             assert getattr(found, part.name) == getattr(plan, part.name), part.name
     for a, b in zip(found.directions, plan.directions, strict=True):
         assert (a.name, a.hookpoint) == (b.name, b.hookpoint) and torch.equal(a.vector, b.vector)
+    a, b = found.sealed, plan.sealed
+    assert a is not None and b is not None and torch.equal(a.weight, b.weight)
+    assert (a.name, a.bias, a.threshold, a.tokenizer) == (b.name, b.bias, b.threshold, b.tokenizer)
 
 
 def test_a_plan_comes_back_as_it_was(plan: Plan) -> None:
