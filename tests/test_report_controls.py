@@ -102,7 +102,7 @@ def test_superseded_rows_of_a_control_run_do_not_count(run: SyntheticRun) -> Non
     folder, rows = run.path.parent / "_controls" / "07", control_rows(run)
     store = RunStore(folder)
     store.start({**run.info, "control": CONTROL}, resumed_from=None)
-    store.append([replace(r, value=99.0) for r in rows])
+    store.append([replace(r, value=99.0, step=2 * r.step) for r in rows])
     segment = store.start({**run.info, "control": CONTROL}, resumed_from=None)
     store.append([replace(r, segment=segment) for r in rows])
     (control,) = find_controls(load_run(run.path.parent)).used

@@ -15,7 +15,8 @@ from synthetic_run import HOOKPOINTS, SyntheticRun, drift_row, make_run, row
 
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.report.console import render_text
-from interp_rlhf.report.rows import beyond, measurements, natural, outside_band
+from interp_rlhf.report.grids import PROBES, grid
+from interp_rlhf.report.rows import beyond, latest, measurements, natural, outside_band
 from interp_rlhf.report.tables import CAVEAT, Summary, headline, headline_key, summarise
 
 
@@ -308,3 +309,21 @@ def test_report_imports_neither_torch_nor_transformers() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_grid_takes_the_latest_step_and_the_policy_where_anybodys_reading_will_do() -> None:
+    at = ("c", "layers.10.resid_post")
+    rows = [
+        row("probe/auc", *at, 5, 0.5),
+        row("probe/recall", *at, 9, 0.25),
+        row("probe/recall", *at, 9, 0.125, reader="reference"),
+        row("probe/auc", "c", "layers.9.resid_post", 9, 0.75, reader="reference"),
+    ]
+    timeline = SyntheticRun(Path("run"), {}, rows, [False] * 4).timeline()
+    found = grid(latest(timeline, "probe"), PROBES, ["c"])
+    assert [(c.metric, c.reader) for c in found.columns] == [("probe/auc", "reference"), ("probe/recall", "")]
+    values = [(line.hookpoint, [r and r.value for r in line.cells]) for line in found.lines]
+    assert values == [("layers.9.resid_post", [0.75, None]), ("layers.10.resid_post", [None, 0.25])]
+    assert found.step == 9 and not grid(latest(timeline, "shift"), PROBES, ["c"])
+    superseded = SyntheticRun(Path("run"), {}, rows, [False, True, True, True]).timeline()
+    assert [r.value for r in latest(superseded, "probe")] == [0.5]
