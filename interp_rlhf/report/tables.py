@@ -94,8 +94,8 @@ class ControlSummary:
                 "reason for a drift."
             )
         return (
-            f"{runs} ({', '.join(self.kinds)}): smallest possible p {self.smallest:.2g}. What is called attributable is "
-            "specific and drifted further than with scrambled preferences; nothing else here is put down to them."
+            f"{runs} ({', '.join(self.kinds)}): smallest possible p {self.smallest:.2g}. What is called attributable "
+            "is specific and drifted further than with scrambled preferences; nothing else is attributed to the preferences."
         )
 
 
