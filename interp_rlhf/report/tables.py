@@ -95,7 +95,7 @@ class ControlSummary:
             )
         return (
             f"{runs} ({', '.join(self.kinds)}): smallest possible p {self.smallest:.2g}. What is called attributable "
-            "is specific and drifted further than with scrambled preferences; nothing else is attributed to the preferences."
+            "is specific and drifted further than with scrambled preferences; nothing else is put down to preferences."
         )
 
 
