@@ -8,7 +8,7 @@ prompt, in standard deviations of the first's step 0, so that what prompts have 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from interp_rlhf.errors import ConfigError, FormatError
 from interp_rlhf.offline import summary_of
 from interp_rlhf.plan import TextTable
 from interp_rlhf.reading import Reading
+from interp_rlhf.report.controls import Controls, ControlTable, find_controls
 from interp_rlhf.report.tables import Finding, Summary, current, natural, summarise
 from interp_rlhf.starts import (
     MEANS,
@@ -144,7 +145,8 @@ def compare(
     Args:
         first: output folder of an attached run, or folder of a model: then it is the θ_0 of all others.
         others: output folders, model folders, adapters, checkpoints.
-        controls: control runs (or checkpoints of such), whose drifts are kept beside.
+        controls: control runs (or checkpoints of such) that every verdict is judged against; those in a run's own
+            ``_controls`` folder are found by themselves.
         config: settings as for ``attach``, where no run is among the arguments.
         data: JSON lines of prompts or preference pairs, where no run is among the arguments. A checkpoint that lies in
             an attached run brings the texts of that run where neither is given.
@@ -159,14 +161,15 @@ def compare(
     runs = [place for place in places if is_run(place)]
     if runs and (config is not None or data is not None):
         raise ConfigError(f"{runs[0]}: a run brings its own settings and texts, found config or data beside it")
+    named = list(zip(names, (*places, *controls), strict=True))
     with unchanged_random_states():
-        if len(runs) == len(places):
-            found = _compare_runs([(name, load_run(place)) for name, place in zip(names, places, strict=False)])
-            start = None
+        start = None if len(runs) == len(places) else _common_start(places, runs, config, data)
+        beside = dict(_control_rows(named[len(places) :], start, first))
+        given = tuple(ControlTable(name, "given", rows) for name, rows in beside.items())
+        if start is None:
+            found = _compare_runs([(name, load_run(place)) for name, place in named[: len(places)]], given)
         else:
-            start = _common_start(places, runs, config, data)
-            found = _compare_readings(start, list(zip(names, places, strict=False)))
-        beside = dict(_control_rows(list(zip(names, (*places, *controls), strict=True))[len(places) :], start, first))
+            found = _compare_readings(start, named[: len(places)], given)
     return Comparison(None if start is None else start.name, *found, controls=beside)
 
 
@@ -185,9 +188,9 @@ _Found = tuple[dict[str, Any], dict[str, Summary], tuple[Difference, ...], tuple
 # ---------------------------------------------------------------------------------------------------- attached runs
 
 
-def _compare_runs(runs: Sequence[tuple[str, Run]]) -> _Found:
+def _compare_runs(runs: Sequence[tuple[str, Run]], given: tuple[ControlTable, ...]) -> _Found:
     timelines = {name: run.timeline() for name, run in runs}
-    summaries = {name: _own_summary(run, timelines[name]) for name, run in runs}
+    summaries = {name: _own_summary(run, timelines[name], given) for name, run in runs}
     (first, reference), differences, reasons = runs[0], [], []
     try:
         start = start_of_run(reference.path)
@@ -208,10 +211,11 @@ def _compare_runs(runs: Sequence[tuple[str, Run]]) -> _Found:
     return timelines, summaries, tuple(differences), tuple(reasons)
 
 
-def _own_summary(run: Run, timeline: pd.DataFrame) -> Summary:
+def _own_summary(run: Run, timeline: pd.DataFrame, given: tuple[ControlTable, ...]) -> Summary:
     config = InterpConfig.from_mapping(run.info["config"], where=str(run.path))
     options = {"tolerance": config.statistics.tolerance, "confidence": config.statistics.confidence}
-    return summarise(timeline, run.events, **options)
+    found = find_controls(run)
+    return summarise(timeline, run.events, controls=replace(found, used=(*found.used, *given)), **options)
 
 
 def _check_same_texts(run: Run, start: Start) -> None:
@@ -268,13 +272,13 @@ def _common_start(places: Sequence[Place], runs: Sequence[Place], config: Any, d
     return start_of_model(places[0], config=config, data=data, like=None if source is None else start_of_run(source))
 
 
-def _compare_readings(start: Start, places: Sequence[tuple[str, Place]]) -> _Found:
+def _compare_readings(start: Start, places: Sequence[tuple[str, Place]], given: tuple[ControlTable, ...]) -> _Found:
     timelines, summaries, changes = {}, {}, {}
     first = places[0][1]
     for name, place in places if is_run(first) else places[1:]:
         reading, step = _read(start, place, first)
         timelines[name] = _timeline(start, reading, step)
-        summaries[name] = summary_of(timelines[name], start)
+        summaries[name] = summary_of(timelines[name], start, Controls(given))
         table, plan = start.baseline.table, start.baseline.plan
         now = {point: audit_readings(reading, table, plan, point) for point in plan.hookpoints}
         changes[name] = _changes(start.baseline, start.baseline.x0, now)
@@ -347,9 +351,10 @@ def _last_drifts(timeline: pd.DataFrame) -> pd.DataFrame:
 def _lines(found: Comparison) -> Iterator[str]:
     against = "each against its own step 0" if found.start is None else f"against step 0 = {found.start}"
     yield f"interp_rlhf: {len(found.timelines)} beside each other, {against}; drift in standard deviations (SD) of it;"
-    yield "* = specific: outside the bands of comparable directions."
+    yield "* = specific: outside the bands of comparable directions; ** = attributable: also beyond the control runs."
     for name, summary in found.summaries.items():
         yield f"{name} (step {summary.step}):" if summary.step is not None else f"{name}: nothing was measured"
+        yield f"  {summary.controls.caveat}"
         for title, findings in (("moved", summary.moved), ("not detected", summary.not_detected)):
             yield f"  {title}: {'none' if not findings else ''}".rstrip()
             yield from (_finding(finding) for finding in findings)
@@ -361,12 +366,12 @@ def _lines(found: Comparison) -> Iterator[str]:
     yield from (f"Not compared: {reason}" for reason in found.not_compared)
     if found.controls:
         yield f"Control runs beside: {', '.join(found.controls)}"
-    yield "Nothing here says why they differ, or that preferences are the reason for a drift."
+    yield "Nothing here says why they differ from each other."
 
 
 def _finding(finding: Finding) -> str:
     low, high = finding.interval
-    mark = "*" if finding.outside_at else " "
+    mark = {"attributable": "**", "specific": " *"}.get(finding.verdict, "  ")
     detectable = "" if finding.moved_at else f"  (smallest detectable {finding.detectable:.2f})"
     number = f"{finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}]"
     return f"  {mark} {finding.readout}  {number}  {finding.hookpoint}{detectable}"

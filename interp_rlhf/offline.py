@@ -25,6 +25,8 @@ from interp_rlhf.errors import ConfigError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows
 from interp_rlhf.reading import Reading
+from interp_rlhf.report.controls import Controls, find_controls
+from interp_rlhf.report.rows import current
 from interp_rlhf.report.tables import COST, Summary, summarise
 from interp_rlhf.starts import Place, Start, own_run, read_checkpoint, start_of_model, start_of_run
 from interp_rlhf.stored_plan import plan_lines
@@ -43,6 +45,7 @@ class Measured:
         start: what it was compared with.
         rows: its measurements, as a live run writes them, without cost.
         run: the run folder that was written, ``None`` where none was asked for.
+        controls: the run's control runs, ``None`` where the checkpoint is of no run or of another step than theirs.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Measured:
     start: Start
     rows: tuple[Measurement, ...]
     run: Run | None = None
+    controls: Controls | None = None
 
     def timeline(self) -> pd.DataFrame:
         """Rows of the start and of the checkpoint, with the columns of a run's timeline."""
@@ -58,13 +62,13 @@ class Measured:
 
     def summary(self) -> Summary:
         """What moved, what did not, what could not be measured."""
-        return summary_of(self.timeline(), self.start)
+        return summary_of(self.timeline(), self.start, self.controls)
 
 
-def summary_of(timeline: pd.DataFrame, start: Start) -> Summary:
-    """The summary of rows that were measured against ``start``."""
-    statistics = start.config.statistics
-    return summarise(timeline, start.events, tolerance=statistics.tolerance, confidence=statistics.confidence)
+def summary_of(timeline: pd.DataFrame, start: Start, controls: Controls | None = None) -> Summary:
+    """The summary of rows that were measured against ``start``, judged against ``controls``."""
+    options = {"tolerance": start.config.statistics.tolerance, "confidence": start.config.statistics.confidence}
+    return summarise(timeline, start.events, controls=controls, **options)
 
 
 def measure(
@@ -114,7 +118,14 @@ def measure(
         segment = 1 if out is not None else start.segment
         rows = start.compare(reading, step, segment)
         written = None if out is None else write_run(Path(out), start, folder, step, reading, rows)
-    return Measured(short_name(checkpoint), step, start, rows, written)
+    controls = None if found is None else _controls(load_run(found), step)
+    return Measured(short_name(checkpoint), step, start, rows, written, controls)
+
+
+def _controls(run: Run, step: int) -> Controls | None:
+    """The run's control runs, where the checkpoint is of the step that they were measured at."""
+    rows = current(run.timeline())
+    return find_controls(run) if len(rows) and int(rows["step"].max()) == step else None
 
 
 def measure_command(
