@@ -21,6 +21,7 @@ from interp_rlhf.drift.concepts import (
     standardised_drift,
 )
 from interp_rlhf.drift.estimates import Estimate, estimate
+from interp_rlhf.drift.nulls import numeric_band
 from interp_rlhf.drift.representation import representation_estimates
 from interp_rlhf.drift.sign_flips import drift_t_estimates
 from interp_rlhf.measurement import Measurement, Reader, Source, Text
@@ -104,7 +105,7 @@ def _claims(baseline: Baseline, reading: Reading, config: InterpConfig) -> Itera
         for hookpoint, direction in concept.directions.items():
             x0, v = baseline.x0[hookpoint], direction.vector
             xt = audit_readings(reading, baseline.table, baseline.plan, hookpoint)
-            moved[concept.name, hookpoint] = standardised_drift(x0, xt, v)
+            moved[concept.name, hookpoint] = _beyond_noise(baseline, hookpoint, v, standardised_drift(x0, xt, v))
             bank = unrelated(baseline.bank[hookpoint], v)
             found = specificity_estimates(
                 x0, xt, v, baseline.without_top.get(hookpoint), bank if len(bank) else None, confidence
@@ -117,6 +118,16 @@ def _claims(baseline: Baseline, reading: Reading, config: InterpConfig) -> Itera
             moved, drift_t_estimates(together, confidence=confidence, seed=config.seed), strict=True
         ):
             yield _Row("concept/drift_t", name, hookpoint, value)
+
+
+def _beyond_noise(baseline: Baseline, hookpoint: str, v: Tensor, d: Tensor) -> Tensor:
+    """``d`` of one readout, zeros where its mean size is inside the numeric floor: t knows no size, noise has one too.
+
+    The size is the same after any flip of signs, so that the test stays one.
+    """
+    again = audit_readings(baseline.again, baseline.table, baseline.plan, hookpoint)
+    _, floor = numeric_band(0.0, standardised_drift(baseline.x0[hookpoint], again, v))
+    return d if float(d.abs().mean()) > floor else torch.zeros_like(d)
 
 
 def _panels(baseline: Baseline, reading: Reading, config: InterpConfig) -> Iterator[_Row]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted_run import PLANTED, SAVED, planted_run
-from scipy.stats import mannwhitneyu
+from planted_run import PLANTED, SAVED, WORDS, planted_run
+from scipy.stats import mannwhitneyu, ttest_1samp
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from trainers import recomputed
 from trainers.table import trainers
 from trainers.tiny_runs import live, small
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from interp_rlhf import Direction, Snapshot, attach
 from interp_rlhf.activations.prompts import Prompt, content_tokens
+from interp_rlhf.drift.nulls import covariance_directions
+from interp_rlhf.readouts.packs import Pack, PackPair
+from interp_rlhf.readouts.probes import LinearProbe
 
 AT_STEP, LAST = 2, 5
+PLACES = {layer: f"layers.{layer}.resid_post" for layer in (1, 2)}
 SITES = [f"layers.{n}.{site}" for n in range(3) for site in ("resid_post", "attn_out", "mlp_out")]
 
 
@@ -46,6 +53,11 @@ def audit_rows(tensors: Mapping[str, Tensor], handle: Any, name: str) -> np.ndar
     prompts = handle.callback._plan.audit.prompts
     assert len({prompt.unit for prompt in prompts}) == len(prompts)
     return tensors[name].numpy()[[place[prompt.id] for prompt in prompts]].astype(np.float64)
+
+
+def at_step(rows: pd.DataFrame, step: int) -> pd.DataFrame:
+    """The rows of one step, by metric, readout and hookpoint."""
+    return rows.xs(step, level="step")
 
 
 def at(rows: pd.DataFrame, metric: str, step: int) -> pd.DataFrame:
@@ -113,6 +125,12 @@ def test_where_nothing_changes_nothing_is_reported(case: str, tmp_path: Path) ->
         assert (found.value.between(found.null_low, found.null_high)).all()
     drift, floor = at(rows, "concept/drift", last), at(rows, "concept/drift", 0)
     assert len(drift) and (drift.value.abs() <= floor.null_high).all()
+    still = at(rows, "concept/drift_t", last)
+    assert len(still) and (still.value == 0).all() and (still.p == 1).all(), "numerical noise is no movement"
+    for metric in ("probe/staleness", "probe/obfuscation_gap", "probe/obfuscation_excess"):
+        assert len(at(rows, metric, last)) and (at(rows, metric, last).value == 0).all(), metric
+    stale = at(rows, "probe/staleness", last)
+    assert stale.value.between(stale.null_low, stale.null_high).all()
     assert np.allclose(at(rows, "concept/cosine", last).value, 1, atol=1e-6)
     assert np.allclose(at(rows, "concept/behaviour_change", last).value, 0, atol=1e-5)
     summary = handle.summary()
@@ -137,17 +155,20 @@ def test_a_change_that_no_hookpoint_reads(tmp_path: Path) -> None:
 # -- every formula once more, from the saved weights, in NumPy ---------------------------------------------------------
 
 
-def read_alone(model: Any, prompts: list[Prompt], layer: int) -> tuple[np.ndarray, np.ndarray]:
+def read_alone(model: Any, prompts: Sequence[Prompt], layer: int) -> tuple[np.ndarray, np.ndarray]:
     """One text at a time: mean of the completion's hidden states ``[N, d]``, and its log-probability ``[N]``, nats."""
-    means, log_probs = [], []
+    means, log_probs, unscaled = [], [], []
+    remember = model.model.norm.register_forward_pre_hook(lambda module, args: unscaled.append(args[0]))
     for prompt in prompts:
         with torch.no_grad():
             output = model(input_ids=torch.tensor([prompt.input_ids]), output_hidden_states=True)
         keep = torch.tensor(content_tokens(prompt, "completion", frozenset({1})))
-        means.append(output.hidden_states[layer + 1][0][keep].double().mean(0).numpy())
+        states = (*output.hidden_states[:-1], unscaled[-1])  # the model returns the last ones after its norm
+        means.append(states[layer + 1][0][keep].double().mean(0).numpy())
         scores = output.logits[0].double().log_softmax(-1)
         tokens = range(prompt.completion_start, len(prompt.input_ids))
         log_probs.append(sum(float(scores[i - 1, prompt.input_ids[i]]) for i in tokens))
+    remember.remove()
     return np.stack(means), np.array(log_probs)
 
 
@@ -162,14 +183,33 @@ def hsic(k: np.ndarray, m: np.ndarray) -> float:
     return float(total / (n * (n - 3)))
 
 
-def test_every_row_is_what_the_saved_weights_give(tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
+LABELS = [i % 2 == 0 for i in range(30)]
 
-    layer, hookpoint = 1, "layers.1.resid_post"
+
+def attach_everything(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    """Settings with labelled texts, a sealed probe and a bank of 32 concepts in words that the tiny tokenizer has."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(8)
+    texts = [{"prompt": f"b{i} a{i}", "completion": f" {'ba'[label]}{40 + i} a{i}", "label": label}
+             for i, label in enumerate(LABELS)]  # fmt: skip
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    LinearProbe(PLANTED, PLACES[1], torch.from_numpy(draw.normal(size=32)), 0.1).save(folder / "sealed.safetensors")
+    packs = []
+    for number in range(32):
+        words = draw.permutation(WORDS)[:16]
+        pairs = [PackPair(f"g{i}", "a1", words[i], words[i + 8]) for i in range(8)]
+        packs.append(Pack(f"bank-{number:02d}", "", tuple(pairs)))
+    monkeypatch.setattr("interp_rlhf.plan.bank_packs", lambda seed: tuple(packs))
+    probes = {"on_domain": {PLANTED: str(folder / "labelled.jsonl")}, "sealed": str(folder / "sealed.safetensors")}
+    return {"hookpoints": list(PLACES.values()), "probes": probes}
+
+
+def test_every_row_is_what_the_saved_weights_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, hookpoint = 1, PLACES[1]
     folder = tmp_path / "run"
-    hookpoints = [hookpoint, "layers.2.resid_post"]
     saves = {"save_strategy": "steps", "save_steps": 10}
-    _, handle = planted_run(folder, interp={"hookpoints": hookpoints}, learning_rate=3e-2, **saves)
+    interp = attach_everything(monkeypatch, tmp_path / "given")
+    _, handle = planted_run(folder, interp=interp, learning_rate=3e-2, **saves)
     models = [LlamaForCausalLM.from_pretrained(path) for path in (tmp_path / "model", folder / "checkpoint-10")]
     plan, rows = handle.callback._plan, live(handle.timeline())
     texts = list(plan.audit.prompts)
@@ -188,23 +228,103 @@ def test_every_row_is_what_the_saved_weights_give(tmp_path: Path) -> None:
     p = sigma[sigma > 0] / sigma.sum()
     lengths = np.linalg.norm(x0, axis=1), np.linalg.norm(xt, axis=1)
     positive, negative = (side[0] @ v for side in held_t)
+    drift = ((xt - x0) @ v).mean() / (x0 @ v).std(ddof=1)
+    sides = [
+        tuple(np.r_[a[0], b[0]] for a, b in zip(*halves, strict=True)) for halves in ((fit_0, held_0), (fit_t, held_t))
+    ]
+    probes, reference = expected_probes(plan, concept, models, sides, layer)
     expected = {
         ("representation/cka", ""): hsic(*grams) / np.sqrt(hsic(grams[0], grams[0]) * hsic(grams[1], grams[1])),
         ("representation/cosine", ""): ((x0 * xt).sum(1) / (lengths[0] * lengths[1])).mean(),
         ("representation/norm_ratio", ""): (lengths[1] / lengths[0]).mean(),
         ("representation/effective_rank", ""): np.exp(-(p * np.log(p)).sum()),
-        ("concept/drift", PLANTED): ((xt - x0) @ v).mean() / (x0 @ v).std(ddof=1),
+        ("concept/drift", PLANTED): drift,
         ("concept/drift_norm", PLANTED): ((xt - x0) @ v).mean() / lengths[0].mean(),
+        ("concept/drift_t", PLANTED): ttest_1samp((xt - x0) @ v, 0).statistic,
+        ("specificity/directions_without_top", PLANTED): drift,
+        ("specificity/concept_bank", PLANTED): drift,
         ("concept/auc", PLANTED): mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)),
         ("concept/cosine", PLANTED): difference[0] @ difference[1] / np.prod([np.linalg.norm(d) for d in difference]),
         ("concept/behaviour", PLANTED): gaps[1].mean(),
         ("concept/behaviour_change", PLANTED): (gaps[1] - gaps[0]).mean(),
+        **{(metric, PLANTED): value for metric, value in probes.items()},
     }
     for (metric, readout), value in expected.items():
         found = at(rows, metric, 10).value
         place = "" if metric.startswith("concept/behaviour") else hookpoint
         assert found[readout, place] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
-    assert abs(expected["concept/drift", PLANTED]) > 0.05 and expected["representation/cka", ""] < 0.9999
+    assert abs(drift) > 0.05 and expected["representation/cka", ""] < 0.9999
+    assert len(set(probes.values())) > 6 and 0.5 < reference <= 1
     written = {metric for metric in rows.index.get_level_values("metric") if not metric.startswith("cost")}
     assert written == {metric for metric, _ in expected}  # nothing is logged that was not computed here
     assert set(rows.index.get_level_values("readout")) == {"", PLANTED, SAVED}
+    every = handle.timeline().query("reader == 'reference'")
+    assert set(every.metric) == {"probe/auc"}, "what was read under the start"
+    (frozen,) = every[(every.step == 10) & (every.hookpoint == hookpoint)].value
+    assert frozen == pytest.approx(reference, abs=1e-6)
+    stale = at(rows, "probe/staleness", 10).loc[PLANTED, hookpoint]
+    band = recomputed.staleness_band(
+        sides[0], [pair.group for pair in (*concept.fit, *concept.held)], refits=20, seed=0
+    )
+    assert (stale.null_low, stale.null_high) == pytest.approx(band, abs=1e-6)
+    specific_as_the_weights_say(at_step(rows, 10), plan, models[0], x0, xt, v)
+    flipped_as_the_weights_say(at_step(rows, 10), start_of(folder), texts, models)
+
+
+def expected_probes(
+    plan: Any, concept: Any, models: Sequence[Any], sides: Sequence[recomputed.Sides], layer: int
+) -> tuple[dict[str, float], float]:
+    """Every ``probe/`` metric from the readings of all pairs at the start and now; and the frozen AUC at the start."""
+    pairs = [*concept.fit, *concept.held]
+    groups = [pair.group for pair in pairs]
+    found = recomputed.panel(*sides, groups, fpr=0.2, seed=0)
+    reference = found.pop("reference")
+    found |= recomputed.word_baselines(([p.positive for p in pairs], [p.negative for p in pairs]), groups, seed=0)
+    scores = np.r_[sides[1]] @ plan.sealed.weight.numpy().astype(float) + plan.sealed.bias
+    found["probe/sealed_auc"] = float(roc_auc_score(np.repeat([1, 0], len(pairs)), scores))
+    (labelled,) = plan.on_domain
+    assert list(labelled.labels) == LABELS
+    on = tuple(read_alone(model, labelled.prompts, layer)[0] for model in models)
+    moved = found["probe/auc"] - reference
+    found |= recomputed.on_domain(sides[0], on, LABELS, groups, moved, seed=0)
+    return found, reference
+
+
+def specific_as_the_weights_say(
+    rows: pd.DataFrame, plan: Any, model: Any, x0: np.ndarray, xt: np.ndarray, v: np.ndarray
+) -> None:
+    """p and band of ``specificity/…`` at the middle layer."""
+    drawn = covariance_directions(torch.from_numpy(x0), 200, 0, drop_top=True).double().numpy()
+    assert abs(drawn @ np.linalg.svd(x0 - x0.mean(0))[2][0]).max() < 1e-6, "none along the first principal component"
+    sides = [zip(*((pair.positive, pair.negative) for pair in pack.fit), strict=True) for pack in plan.bank]
+    read = [tuple(read_alone(model, side, 1)[0] for side in pair) for pair in sides]
+    nulls = {
+        "directions_without_top": recomputed.drifts(x0, xt, drawn).mean(0),
+        "concept_bank": recomputed.bank(x0, xt, v, read),
+    }
+    assert len(read) == 32 and len(nulls["concept_bank"]) >= 19
+    for kind, null in nulls.items():
+        row = rows.loc[f"specificity/{kind}", PLANTED, PLACES[1]]
+        assert row.p == pytest.approx(recomputed.rank(row.value, null), abs=1e-9), kind
+        edge = np.sort(abs(null))[int(np.ceil(0.95 * (len(null) + 1))) - 1]
+        assert (row.null_low, row.null_high) == pytest.approx((-edge, edge), rel=1e-4), kind
+
+
+def flipped_as_the_weights_say(
+    rows: pd.DataFrame, start: Mapping[str, Tensor], texts: Sequence[Prompt], models: Sequence[Any]
+) -> None:
+    """t, p and band of ``concept/drift_t`` over all concepts and hookpoints, by signs of our own."""
+    columns = {}
+    for key, direction in start.items():
+        if key.startswith("direction/"):
+            _, name, place = key.split("/")
+            x0, xt = (read_alone(model, texts, int(place.split(".")[1]))[0] for model in models)
+            columns[name, place] = recomputed.drifts(x0, xt, direction.double().numpy()[None])[:, 0]
+    assert len(columns) == 3
+    t, p, critical = recomputed.joint_flips(columns, seed=11)
+    found = rows.loc["concept/drift_t"]
+    assert set(found.index) == set(columns)
+    for key, row in found.iterrows():
+        assert row.value == pytest.approx(t[key], rel=1e-3), key
+        assert row.p == pytest.approx(p[key], abs=0.02), key
+        assert row.null_high == -row.null_low == pytest.approx(critical, rel=0.06), key
