@@ -197,7 +197,7 @@ def _fit(kind: Kind, model: str | Path, out: Path, options: FitOptions) -> FitRe
         thresholds = fold_thresholds(scores[~texts.labels], _of(texts, False), options.fpr)
     except MeasurementError as reason:
         no_recall = str(reason)
-    weights, biases = fitter(x)(texts.labels[None])
+    weights, biases = fitter([(x, texts.labels[None])])[0]
     readout: LinearProbe | Direction
     if kind == "probe":
         threshold = None if thresholds is None else float(thresholds.mean())

@@ -38,6 +38,11 @@ def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str
         ["demo", "--trainer", "sft"],
         ["demo", "--seed", "one"],
         ["report", "a", "--bogus"],
+        ["fit"],
+        ["fit", "probe", "--model", "m", "--hookpoint", "embed", "--out", "o"],
+        ["fit", "direction", "--model", "m", "--hookpoint", "embed", "--out", "o", "--pack", "p", "--labels", "l"],
+        ["measure"],
+        ["compare"],
     ],
 )
 def test_wrong_words_are_bad_input_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]):
@@ -113,3 +118,24 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(store, "load_run", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["report", "anywhere"])
+
+
+def test_fit_measure_and_compare_on_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from trainers.tiny_runs import small, train
+
+    folder = tmp_path / "run"
+    config = small(folder, probes={"enabled": False})
+    train("dpo", folder, config, max_steps=2)
+    capsys.readouterr()
+    checkpoint, (pack,) = str(folder / "checkpoint-2"), config["concepts"]["packs"]
+    out = str(tmp_path / "probe.safetensors")
+    words = ["fit", "probe", "--model", checkpoint, "--pack", pack, "--hookpoint", "layers.1.resid_post", "--out", out]
+    assert cli.main(words) == 0 and "held-out AUC" in capsys.readouterr().out
+    assert cli.main(words) == 2 and "exists" in capsys.readouterr().err
+    assert cli.main(["measure", checkpoint]) == 0
+    assert "checkpoint-2 (step 2) against run (step 0)" in capsys.readouterr().out
+    assert cli.main(["compare", str(folder), checkpoint]) == 0
+    assert "No control runs were compared" in capsys.readouterr().out
+    assert cli.main(["compare", str(folder), str(tmp_path / "nowhere")]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+    assert cli.main(["compare", str(folder)]) == 2

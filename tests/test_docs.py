@@ -68,29 +68,29 @@ def test_manifest_fields(formats: Path) -> None:
     assert sorted(table[:place]) == sorted(f.name for f in fields(snapshots._Manifest))
 
 
-def test_run_file_fields_and_tensor_names(formats: Path, repository: Path, tmp_path: Path) -> None:
+def test_run_file_fields_and_tensor_names(formats: Path, tmp_path: Path) -> None:
     """Against a run that a trainer wrote, not against what the code says it writes."""
     from trainers.table import trainers
+    from trainers.tiny_runs import small
 
     from interp_rlhf import attach, load_run
 
     trainer = trainers()["dpo"].build(tmp_path, max_steps=2)
-    pack = tmp_path / "elsewhere" / "own.jsonl"
-    pack.parent.mkdir()
-    pack.write_bytes((repository / "interp_rlhf" / "readouts" / "packs" / "politeness.jsonl").read_bytes())
+    (pack,) = small(tmp_path / "elsewhere" / "run")["concepts"]["packs"]
     config = {
         "hookpoints": ["layers.50%.resid_post"],
         "prompts": {"n": 8},
-        "concepts": {"n_pairs": 16, "packs": [str(pack)]},
+        "concepts": {"n_pairs": 16, "packs": [pack]},
         "statistics": {"bootstrap": 100, "directions": 200},
+        "rollouts": {"enabled": True, "prompts": 8, "max_new_tokens": 4},
         "on_error": "raise",
     }
     attach(trainer, config)
     trainer.train()
     written = json.loads((tmp_path / "interp" / "run.json").read_text(encoding="utf-8"))
     assert sorted(first_cells(section(formats, "run.json"))) == sorted(written)
-    assert str(tmp_path) not in json.dumps(written) and written["config"]["concepts"]["packs"] == ["own.jsonl"]
-    assert [concept["name"] for concept in written["concepts"]] == ["chosen_minus_rejected", "politeness"]
+    assert str(tmp_path) not in json.dumps(written) and written["config"]["concepts"]["packs"] == ["order.jsonl"]
+    assert [concept["name"] for concept in written["concepts"]] == ["chosen_minus_rejected", "order"]
     run = load_run(tmp_path)
     known = [re.escape(name) for name in first_cells(section(formats, "snapshots/"))]
     patterns = [re.sub(r"<\w+>", r"[\\w.%]+", name) for name in known]

@@ -206,7 +206,7 @@ def test_a_text_in_two_folds_is_refused(pack: str, tmp_path: Path) -> None:
     folds = pair_folds([*groups, "other"], 5, 0)
     assert folds[0] != folds[-1]  # with this seed the copy lands in another fold
     path = lines(tmp_path / "leak.jsonl", [header, *rows, {**same, "group": "other"}])
-    message = r"leak\.jsonl: pairs duplicated across folds: text [0-9a-f]{16} is in group 'g0' and in group 'other'"
+    message = r"leak\.jsonl, line 22: expected each text in one group, found that of line 2 \(group 'g0'\) again"
     refused(PromptError, message, tmp_path / "out.safetensors", pack=str(path))
 
 

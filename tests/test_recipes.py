@@ -118,6 +118,16 @@ def test_the_block_may_be_a_path_and_words_override_the_file(repository: Path, t
     check(tmp_path, start(repository / "recipes/dpo.py", *words, cwd=tmp_path), 1)
 
 
+def test_one_flag_makes_a_control_run(repository: Path, tmp_path: Path):
+    path = write_run(tmp_path, preferences(24), max_length=32)
+    done = start(repository / "recipes/dpo.py", "--config", str(path), "--control", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [place.name for place in (tmp_path / "out").iterdir()] == ["_controls"]
+    folder = tmp_path / "out" / "_controls" / "02"
+    assert load_run(folder).info["control"] == {"number": 2, "kind": "pairs swapped", "changed": 12}
+    assert (folder / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.distributed
 def test_the_launcher_starts_two_processes(engine: str, repository: Path, tmp_path: Path):

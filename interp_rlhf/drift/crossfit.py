@@ -13,29 +13,24 @@ from torch import Tensor
 
 from interp_rlhf.drift.nulls import finite
 from interp_rlhf.errors import MeasurementError
-from interp_rlhf.readouts.probes import FitSpace
+from interp_rlhf.readouts.probes import fit_together
 
-#: Labellings ``[S, n]`` to weights ``[S, d]`` and biases ``[S]``, for the texts it was made for.
-Fit = Callable[[Tensor], tuple[Tensor, Tensor]]
-#: Readings ``[n, d]`` of the texts to fit on, to their :data:`Fit`.
-Fitter = Callable[[Tensor], Fit]
+#: Readings ``[n, d]`` and labellings ``[S, n]`` of texts to fit on, to weights ``[S, d]`` and biases ``[S]``.
+Fitter = Callable[[Sequence[tuple[Tensor, Tensor]]], list[tuple[Tensor, Tensor]]]
 
 
-def probe_fitter(x: Float[Tensor, "n d"]) -> Fit:
-    """Logistic regressions on these texts (:class:`~interp_rlhf.readouts.probes.FitSpace`)."""
-    return FitSpace(x).fit_all
+def probe_fitter(jobs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Logistic regressions (:func:`~interp_rlhf.readouts.probes.fit_together`)."""
+    return fit_together(jobs)
 
 
-def direction_fitter(x: Float[Tensor, "n d"]) -> Fit:
-    """Differences in means on these texts, with bias 0."""
-    values = x.double()
-
-    def fit(labels: Tensor) -> tuple[Tensor, Tensor]:
-        positive, negative = labels.double(), (~labels).double()
-        means = [side @ values / side.sum(1, keepdim=True) for side in (positive, negative)]
-        return means[0] - means[1], values.new_zeros(len(labels))
-
-    return fit
+def direction_fitter(jobs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Differences in means, with bias 0."""
+    found = []
+    for x, labels in jobs:
+        means = [side @ x.double() / side.sum(1, keepdim=True) for side in (labels.double(), (~labels).double())]
+        found.append((means[0] - means[1], means[0].new_zeros(len(labels))))
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +76,7 @@ def cross_fit_texts(
     Raises:
         MeasurementError: a fold without texts, or outside which there is one class only; readings that are not finite.
     """
-    return _cross_fit(x, labels[None], folds, fitter)[0]
+    return _cross_fit(x, labels[None], [folds], fitter)[0][0]
 
 
 def cross_fit(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"], folds: Sequence[int]) -> CrossFitted:
@@ -95,6 +90,15 @@ def cross_fit(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"], fo
         MeasurementError: as :func:`cross_fit_texts`, or sides of different shapes.
     """
     return cross_fit_texts(*_texts(positive, negative), [*folds, *folds])
+
+
+def cross_fit_again(
+    positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"], foldings: Sequence[Sequence[int]]
+) -> list[CrossFitted]:
+    """:func:`cross_fit` once per folding of the same pairs, all fits together."""
+    twice = [[*folds, *folds] for folds in foldings]
+    x, labels = _texts(positive, negative)
+    return [fitted for (fitted,) in _cross_fit(x, labels[None], twice, probe_fitter)]
 
 
 def held_scores(
@@ -233,7 +237,7 @@ def shuffled_pair_wins(
     label_sets = torch.cat([~swaps, swaps], 1)
     n, twice = len(positive), [*folds, *folds]
     wins: list[FoldWins] = []
-    for swap, fitted in zip(swaps, _cross_fit(x, label_sets, twice, fitter), strict=True):
+    for swap, fitted in zip(swaps, _cross_fit(x, label_sets, [twice], fitter)[0], strict=True):
         a, b = fitted.held(x[:n], folds), fitted.held(x[n:], folds)
         wins.append(FoldWins.of(torch.where(swap, b, a), torch.where(swap, a, b), folds, folds))
     mean = torch.stack([one.matrix for one in wins]).mean(0)
@@ -260,7 +264,7 @@ def shuffled_text_auc(
             members = np.flatnonzero(own == fold)
             row[members] = labels[generator.permutation(members)]
     values = []
-    for shuffled, fitted in zip(label_sets, _cross_fit(x, label_sets, folds, fitter), strict=True):
+    for shuffled, fitted in zip(label_sets, _cross_fit(x, label_sets, [folds], fitter)[0], strict=True):
         scores = fitted.held(x, folds)
         values.append(text_wins(scores, shuffled, folds).value)
     return float(np.mean(values))
@@ -294,20 +298,25 @@ def _texts(positive: Tensor, negative: Tensor) -> tuple[Float[Tensor, "texts d"]
 
 
 def _cross_fit(
-    x: Float[Tensor, "n d"], label_sets: Bool[Tensor, "S n"], folds: Sequence[int], fitter: Fitter
-) -> list[CrossFitted]:
-    """One cross-fit per labelling; what a fit needs of the readings is prepared once per fold."""
-    _one_fold_each(x, folds)
-    own = torch.tensor(folds)
-    weights, biases = [], []
-    for fold in range(1 + max(folds)):
-        fitted = own != fold
-        if bool(fitted.all()):
-            raise MeasurementError(f"folds: expected texts in every fold, found none in fold {fold}")
-        w, b = fitter(x[fitted])(label_sets[:, fitted])
-        weights.append(w)
-        biases.append(b)
-    return [CrossFitted(w, b) for w, b in zip(torch.stack(weights, 1), torch.stack(biases, 1), strict=True)]
+    x: Float[Tensor, "n d"], label_sets: Bool[Tensor, "S n"], foldings: Sequence[Sequence[int]], fitter: Fitter
+) -> list[list[CrossFitted]]:
+    """Per folding, one cross-fit per labelling."""
+    jobs = []
+    for folds in foldings:
+        _one_fold_each(x, folds)
+        own = torch.tensor(folds)
+        for fold in range(1 + max(folds)):
+            fitted = own != fold
+            if bool(fitted.all()):
+                raise MeasurementError(f"folds: expected texts in every fold, found none in fold {fold}")
+            jobs.append((x[fitted], label_sets[:, fitted]))
+    done = iter(fitter(jobs))
+    found = []
+    for folds in foldings:
+        weights, biases = zip(*(next(done) for _ in range(1 + max(folds))), strict=True)
+        both = zip(torch.stack(weights, 1), torch.stack(biases, 1), strict=True)
+        found.append([CrossFitted(w, b) for w, b in both])
+    return found
 
 
 def _one_fold_each(rows: Tensor, folds: Sequence[int]) -> None:

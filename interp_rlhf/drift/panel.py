@@ -21,6 +21,7 @@ from interp_rlhf.drift.crossfit import (
     CrossFitted,
     FoldWins,
     cross_fit,
+    cross_fit_again,
     cross_fit_texts,
     fold_thresholds,
     held_scores,
@@ -252,8 +253,8 @@ def _refit_band(
 ) -> tuple[float, float]:
     """Quantiles of ``AUC_refit − AUC_frozen`` over refits of step 0 with other folds; always holds 0, its rest."""
     values = []
-    for folds in foldings:
-        scores = held_scores(cross_fit(positive, negative, folds), positive, negative, folds)
+    for folds, refitted in zip(foldings, cross_fit_again(positive, negative, foldings), strict=True):
+        scores = held_scores(refitted, positive, negative, folds)
         values.append(FoldWins.of(*scores, folds, folds).value - frozen)
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])

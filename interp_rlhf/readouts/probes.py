@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from interp_rlhf.readouts.files import Layout, check_names, read, write
 
 #: Newton steps at most, and the gradient per text at which a fit counts as done.
 _ITERATIONS, _GRADIENT = 100, 1e-11
+#: Features of texts that are solved for at once, to bound memory (64 MiB in float64).
+_CELLS = 2**23
 _FILE = Layout("probe", tensor="weight", fields=("bias", "hookpoint", "name", "threshold", "tokenizer"))
 
 
@@ -133,83 +136,115 @@ class FitSpace:
     """
 
     def __init__(self, x: Float[Tensor, "n d"]) -> None:
-        import numpy as np
-        from sklearn.preprocessing import StandardScaler
+        values = x.detach().cpu().double()
+        if values.ndim != 2 or len(values) < 2 or not bool(torch.isfinite(values).all()):
+            shape = tuple(values.shape)
+            raise MeasurementError(f"probe: expected finite readings [n, d] of 2 texts at least, found {shape}")
+        n, eps = len(values), torch.finfo(torch.float64).eps
+        self._mean, variance = values.mean(0), values.var(0, correction=0)
+        constant = variance <= n * eps * variance + (n * self._mean * eps) ** 2  # as exact as the mean is
+        self._scale = torch.where(constant, 1.0, variance.sqrt())
+        self._standard = (values - self._mean) / self._scale
+        self.features, self._combine = self._standard, None
+        if values.shape[1] > n:
+            squares, vectors = torch.linalg.eigh(self._standard @ self._standard.T)
+            kept = squares > squares[-1] * n * eps
+            lengths = squares[kept].sqrt()
+            self.features, self._combine = vectors[:, kept] * lengths, vectors[:, kept] / lengths
 
-        values = x.detach().cpu().double().numpy()
-        if values.ndim != 2 or len(values) < 2 or not np.isfinite(values).all():
-            raise MeasurementError(f"probe: expected finite readings [n, d] of 2 texts at least, found {values.shape}")
-        scaler = StandardScaler().fit(values)
-        self._mean, self._scale = scaler.mean_, scaler.scale_
-        self._standard: Any = scaler.transform(values)
-        self._features, self._combine = self._standard, None
-        if values.shape[1] > len(values):
-            squares, vectors = np.linalg.eigh(self._standard @ self._standard.T)
-            kept = squares > squares[-1] * len(values) * np.finfo(float).eps
-            lengths = np.sqrt(squares[kept])
-            self._features, self._combine = vectors[:, kept] * lengths, vectors[:, kept] / lengths
-
-    def fit(self, labels: Bool[Tensor, " n"], *, c: float = 1.0) -> tuple[Float[Tensor, " d"], float]:
-        """One probe: :meth:`fit_all` of a single labelling."""
-        weights, biases = self.fit_all(labels[None], c=c)
-        return weights[0], float(biases[0])
-
-    def fit_all(
-        self, labels: Bool[Tensor, "S n"], *, c: float = 1.0
-    ) -> tuple[Float[Tensor, "S d"], Float[Tensor, " S"]]:
-        """Logistic regressions with L2 penalty ``‖w‖²/(2c)`` in standardised units; intercepts are not penalised.
-
-        Newton's method on all labellings at once, the step halved where it does not lower the loss. A panel needs
-        hundreds of small fits; one call of scikit-learn each would take most of a measurement's time. Its solutions
-        are the reference in the tests.
-
-        Args:
-            labels: ``[S, n]`` true for positive texts, one row per probe.
-            c: inverse strength of the penalty, as scikit-learn's ``C``.
-
-        Returns:
-            Weights ``[S, d]`` and biases ``[S]`` float64, for readings as they are, not standardised.
-
-        Raises:
-            MeasurementError: labels that do not fit the texts or hold one class, or a fit that does not converge.
-        """
-        positives, n = labels.sum(1), len(self._standard)
+    def check(self, labels: Bool[Tensor, "S n"]) -> None:
+        """Raise :class:`~interp_rlhf.errors.MeasurementError` unless every labelling fits and has both classes."""
+        positives, n = labels.sum(1), len(self.features)
         if labels.shape[1] != n or bool(((positives == 0) | (positives == n)).any()):
             raise MeasurementError(
                 f"probe: expected labels of {n} texts, of both classes, found {int(positives[0])} positive "
                 f"of {labels.shape[1]}"
             )
-        solution = _newton(torch.from_numpy(self._features), labels.cpu().double(), c)
+
+    def readable(self, solution: Float[Tensor, "S r1"]) -> tuple[Float[Tensor, "S d"], Float[Tensor, " S"]]:
+        """Weights and biases for readings as they are, from solutions in this space (the bias last)."""
         weights = solution[:, :-1]
         if self._combine is not None:
-            weights = weights @ torch.from_numpy(self._combine).T @ torch.from_numpy(self._standard)
-        weights = weights / torch.from_numpy(self._scale)
-        return weights, solution[:, -1] - weights @ torch.from_numpy(self._mean)
+            weights = weights @ self._combine.T @ self._standard
+        weights = weights / self._scale
+        return weights, solution[:, -1] - weights @ self._mean
 
 
-def _newton(features: Float[Tensor, "n r"], y: Float[Tensor, "S n"], c: float) -> Float[Tensor, "S r+1"]:
-    """Minimises ``Σ log(1 + e^z) − yz + ‖w‖²/(2c)`` with ``z = Fw + b``; the last column of the solution is b."""
-    x = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-    ridge = x.new_full((x.shape[1],), 1 / c)
+def fit_together(
+    jobs: Sequence[tuple[Float[Tensor, "n d"], Bool[Tensor, "S n"]]], *, c: float = 1.0
+) -> list[tuple[Float[Tensor, "S d"], Float[Tensor, " S"]]]:
+    """Logistic regressions with L2 penalty ``‖w‖²/(2c)`` in standardised units; intercepts are not penalised.
+
+    Newton's method on all of them at once, the step halved where it does not lower the loss. A panel needs hundreds of
+    small fits; one call of scikit-learn each would take most of a measurement's time. Its solutions are the reference
+    in the tests.
+
+    Args:
+        jobs: readings ``[n, d]`` of the texts to fit on, and labellings ``[S, n]`` of them, true for positive texts.
+        c: inverse strength of the penalty, as scikit-learn's ``C``.
+
+    Returns:
+        Per job weights ``[S, d]`` and biases ``[S]`` float64, for readings as they are, not standardised.
+
+    Raises:
+        MeasurementError: labels that do not fit the texts or hold one class, or a fit that does not converge.
+    """
+    spaces = [FitSpace(x) for x, _ in jobs]
+    for space, (_, labels) in zip(spaces, jobs, strict=True):
+        space.check(labels)
+    n = max(len(space.features) for space in spaces)
+    r = max(space.features.shape[1] for space in spaces)
+    items = [(space, row) for space, (_, labels) in zip(spaces, jobs, strict=True) for row in labels]
+    size = max(_CELLS // (n * r), 1)
+    parts = [_solve(items[start : start + size], n, r, c) for start in range(0, len(items), size)]
+    solutions = iter(torch.cat(parts))
+    found = []
+    for space, (_, labels) in zip(spaces, jobs, strict=True):
+        own = torch.stack([next(solutions) for _ in labels])
+        found.append(space.readable(torch.cat([own[:, : space.features.shape[1]], own[:, -1:]], 1)))
+    return found
+
+
+def _solve(items: Sequence[tuple[FitSpace, Tensor]], n: int, r: int, c: float) -> Float[Tensor, "S r1"]:
+    """Solutions of several fits, filled up with texts of weight 0 and features that are 0."""
+    x = torch.zeros(len(items), n, r + 1, dtype=torch.float64)
+    y, counted = (torch.zeros(len(items), n, dtype=torch.float64) for _ in range(2))
+    for index, (space, labels) in enumerate(items):
+        rows, columns = space.features.shape
+        x[index, :rows, :columns] = space.features
+        x[index, :rows, -1] = 1
+        y[index, :rows] = labels.cpu().double()
+        counted[index, :rows] = 1
+    return _newton(x, y, counted, c)
+
+
+def _newton(
+    x: Float[Tensor, "S n r1"], y: Float[Tensor, "S n"], counted: Float[Tensor, "S n"], c: float
+) -> Float[Tensor, "S r1"]:
+    """Minimises ``Σ log(1 + e^z) − yz + ‖w‖²/(2c)`` over counted texts, ``z = xw``; w without its last entry."""
+    ridge = x.new_full((x.shape[2],), 1 / c)
     ridge[-1] = 0
 
-    def losses(w: Tensor) -> Tensor:
-        z = w @ x.T
-        return (nn.functional.softplus(z) - y * z).sum(1) + (w * w * ridge).sum(1) / 2
+    def scores(w: Tensor) -> Tensor:
+        return (x @ w.unsqueeze(2)).squeeze(2)
 
-    w = x.new_zeros(len(y), x.shape[1])
+    def losses(w: Tensor) -> Tensor:
+        z = scores(w)
+        return (counted * (nn.functional.softplus(z) - y * z)).sum(1) + (w * w * ridge).sum(1) / 2
+
+    w = x.new_zeros(len(x), x.shape[2])
     for _ in range(_ITERATIONS):
-        p = torch.sigmoid(w @ x.T)
-        gradient = (p - y) @ x + w * ridge
-        if float(gradient.abs().max()) <= _GRADIENT * len(x):
+        p = torch.sigmoid(scores(w))
+        gradient = ((counted * (p - y)).unsqueeze(1) @ x).squeeze(1) + w * ridge
+        if float(gradient.abs().max()) <= _GRADIENT * x.shape[1]:
             return w
-        curvature = (p * (1 - p))[:, None, :] * x.T @ x + torch.diag(ridge)
+        curvature = (x * (counted * p * (1 - p)).unsqueeze(2)).transpose(1, 2) @ x + torch.diag(ridge)
         step = torch.linalg.solve(curvature, gradient)
-        before, size = losses(w), x.new_ones(len(y), 1)
+        before, size = losses(w), x.new_ones(len(x), 1)
         while float(size.min()) > 1e-6 and bool((rising := losses(w - size * step) > before + 1e-9).any()):
             size = torch.where(rising[:, None], size / 2, size)
         w = w - size * step
-    raise MeasurementError(f"probe: the fit on {len(x)} texts did not converge in {_ITERATIONS} Newton steps")
+    raise MeasurementError(f"probe: a fit on {x.shape[1]} texts did not converge in {_ITERATIONS} Newton steps")
 
 
 def fit_probe(
@@ -235,4 +270,5 @@ def fit_probe(
     >>> weight[0].item() > 0, weight[1].item(), round(2.5 * weight[0].item() + bias, 9)
     (True, 0.0, 0.0)
     """
-    return FitSpace(x).fit(labels, c=c)
+    weights, biases = fit_together([(x, labels[None])], c=c)[0]
+    return weights[0], float(biases[0])
