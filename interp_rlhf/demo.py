@@ -170,11 +170,12 @@ def _run(trainer: str, out: Path, seed: int, steps: int, controls: int, began: f
 
 
 def _train_controls(organism: Organism, trainer: str, out: Path, seed: int, steps: int, controls: int) -> None:
-    """Control runs beside the run, with one measurement at the end; what each would print is left out."""
+    """Control runs beside the run, with the drifts at the end and nothing else; what each would print is left out."""
+    spare = {"probes": {"enabled": False}, "rollouts": {"enabled": False}, "representation": False, "report": False}
     for number in range(1, controls + 1):
         print(f"control run {number} of {controls}", flush=True)
         with redirect_stdout(io.StringIO()):
-            train_organism(organism, trainer, out, seed=seed, steps=steps, every=steps, control=number, report=False)
+            train_organism(organism, trainer, out, seed=seed, steps=steps, every=steps, control=number, **spare)
 
 
 def render(result: DemoResult) -> str:

@@ -16,7 +16,9 @@ from interp_rlhf.audit.verification import verify_run
 from interp_rlhf.cli import main
 from interp_rlhf.demo import DemoResult, run_demo
 from interp_rlhf.errors import ConfigError
-from interp_rlhf.organisms import Organism, concepts
+from interp_rlhf.organisms import Organism, build_organism, concepts
+from interp_rlhf.report.controls import find_controls
+from interp_rlhf.report.tables import summarise
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker, so that it is built once
 needs_ppo = pytest.mark.skipif(not has_ppo(), reason="this TRL has no PPO (1.12 is the last line that has it)")
@@ -77,6 +79,31 @@ def test_the_console_ends_with_behaviour_rank_and_the_reports_path(dpo: tuple[De
 def test_the_run_is_whole_and_its_snapshots_belong_to_its_checkpoints(folder: Path, dpo: tuple[DemoResult, str]):
     assert verify_run(folder / "dpo").ok
     assert {path.name for path in (folder / "dpo").glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-40"}
+
+
+def test_two_control_runs_say_what_may_be_claimed(folder: Path, dpo: tuple[DemoResult, str], capsys: Any):
+    """The same training with half of the pairs swapped: the rewarded concept stays where it is."""
+    demo._train_controls(build_organism(folder / "organism-0", 0), "dpo", folder / "dpo", 0, 40, 2)
+    run = load_run(folder / "dpo")
+    options = {"tolerance": 0.1, "confidence": 0.95}
+    summary = summarise(run.timeline(), run.events, controls=find_controls(run), **options)
+    assert (summary.controls.k, summary.controls.left_out) == (2, ()) and not summary.attributable
+    (rewarded,) = (finding for finding in summary.findings if finding.readout == "agreement")
+    assert rewarded.verdict == "specific" and rewarded.control is not None
+    assert rewarded.control.statistic > 10 * max(rewarded.control.controls)
+    assert rewarded.control.rank.p == pytest.approx(1 / 3) == rewarded.control.family.p
+    specific = [finding.readout for finding in summary.specific]
+    assert set(specific) <= {"agreement", demo_pairs()}
+    for number in (1, 2):
+        control = load_run(folder / "dpo" / "_controls" / f"{number:02d}")
+        scrambled = summarise(control.timeline(), control.events, controls=find_controls(control), **options)
+        (found,) = (finding for finding in scrambled.findings if finding.readout == "agreement")
+        assert abs(found.value) < 1 and not scrambled.attributable
+    words = "With 2 control runs (pairs swapped) the smallest possible p is 0.33; 19 are needed for 0.05"
+    assert words in str(summary)
+    capsys.readouterr()
+    assert main(["report", str(folder / "dpo")]) == 0
+    assert words in Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
 
 
 def test_grpo_runs_and_a_second_run_moves_the_first_aside(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -25,10 +25,21 @@ if TYPE_CHECKING:
 #: Folder with one folder per control run, inside the output folder.
 CONTROLS = "_controls"
 
-#: Keys of ``run.json`` and settings that may differ: what makes it a control run, what is done with the numbers, and
-#: how often they are taken (measuring leaves no trace, and only the last step is compared).
+#: Keys of ``run.json`` and settings that may differ: what makes it a control run, what is done with the numbers, how
+#: often they are taken, and what is measured besides drift (measuring leaves no trace, and only drift is compared).
 _FREE = ("control", "versions", "world_size")
-_FREE_SETTINGS = ("control", "control_within", "schedule", "snapshots", "headline", "on_error", "report")
+_FREE_SETTINGS = (
+    "control",
+    "control_within",
+    "representation",
+    "probes",
+    "rollouts",
+    "schedule",
+    "snapshots",
+    "headline",
+    "on_error",
+    "report",
+)
 #: What is noted where it differs.
 _NOTED = ("versions", "world_size")
 

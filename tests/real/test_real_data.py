@@ -175,3 +175,28 @@ def check_run(name: str, folder: Path, handle: Any, history: list[dict[str, Any]
     assert set(run.info["config"]["concepts"]["packs"]) <= read_or_refused
     if name == "dpo":
         assert "chosen_minus_rejected" in read_or_refused
+
+
+def test_two_control_runs_of_real_preferences(
+    stories: Path, real_pairs: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What may be put down to 30 steps of DPO on real preferences: with two control runs nothing, and why."""
+    folder = tmp_path / "run"
+    handles = []
+    for control in (None, 1, 2):
+        torch.manual_seed(3)
+        trainer = dpo(folder, stories, real_pairs, STEPS)
+        handles.append(attach(trainer, {"control": control}))
+        trainer.train()
+    assert [path.name for path in sorted((folder / "_controls").iterdir())] == ["01", "02"]
+    summary = handles[0].summary()
+    assert (summary.controls.k, summary.controls.left_out) == (2, ()) and not summary.attributable
+    assert summary.findings and all(len(finding.control.controls) == 2 for finding in summary.findings)
+    assert all(finding.control.rank.p >= 1 / 3 for finding in summary.findings)
+    words = "With 2 control runs (pairs swapped) the smallest possible p is 0.33; 19 are needed for 0.05"
+    assert words in str(summary)
+    assert "control run 1: pairs swapped" in str(handles[1].summary())
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    page = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    assert words in page and all(html.escape(finding.readout) in page for finding in summary.findings)
