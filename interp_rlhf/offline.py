@@ -28,7 +28,16 @@ from interp_rlhf.reading import Reading
 from interp_rlhf.report.controls import Controls, find_controls
 from interp_rlhf.report.rows import current
 from interp_rlhf.report.tables import COST, Summary, summarise
-from interp_rlhf.starts import Place, Start, own_run, read_checkpoint, start_of_model, start_of_run
+from interp_rlhf.starts import (
+    Place,
+    Start,
+    load_for,
+    own_run,
+    read_model,
+    rollout_rows_of,
+    start_of_model,
+    start_of_run,
+)
 from interp_rlhf.stored_plan import plan_lines
 
 if TYPE_CHECKING:
@@ -114,9 +123,10 @@ def measure(
             )
         step = _step(folder, step, start, known=found is None)
         put_on = base if found is not None or not names_its_base(folder) else None
-        reading = read_checkpoint(start, folder, base=put_on)
+        model = load_for(start, folder, base=put_on)
+        reading = read_model(start, model)
         segment = 1 if out is not None else start.segment
-        rows = start.compare(reading, step, segment)
+        rows = (*start.compare(reading, step, segment), *rollout_rows_of(start, model, step, segment))
         written = None if out is None else write_run(Path(out), start, folder, step, reading, rows)
     controls = None if found is None else _controls(load_run(found), step)
     return Measured(short_name(checkpoint), step, start, rows, written, controls)

@@ -25,7 +25,7 @@ from interp_rlhf.drift.estimates import Estimate, estimate
 from interp_rlhf.drift.quadrant import classify, honest_bands, quadrant_estimates
 from interp_rlhf.drift.shift import decompose, standardised_projection
 from interp_rlhf.errors import FormatError, MeasurementError, ReferenceMismatch
-from interp_rlhf.measurement import Measurement
+from interp_rlhf.measurement import Measurement, Tier
 from interp_rlhf.measuring import as_measurement
 from interp_rlhf.plan import Plan, TextTable, text_ids
 from interp_rlhf.reading import read_table
@@ -277,23 +277,36 @@ def stored_rollouts(
 def rollout_rows(
     start: RolloutStart, readings: RolloutReadings, baseline: Baseline, config: InterpConfig, segment: int, step: int
 ) -> tuple[Measurement, ...]:
-    """``shift/*`` of every admitted concept at each of its hookpoints, in step-0 standard deviations."""
+    """``shift/*`` of every readout at each of its hookpoints, in step-0 standard deviations.
+
+    Readouts are the admitted directions, and the frozen probes: the mean over the folds, named ``<concept> (probe)``,
+    of tier C.
+    """
     rows: list[Measurement] = []
     units = [text.unit for text in readings.completions], [text.unit for text in start.completions]
+    for name, hookpoint, v, tier in _readouts(baseline):
+        x0 = baseline.x0[hookpoint]
+        frozen = None if readings.now_reference is None else readings.now_reference[hookpoint]
+        found = decompose(
+            standardised_projection(readings.now[hookpoint], v, x0),
+            None if frozen is None else standardised_projection(frozen, v, x0),
+            standardised_projection(readings.start_now[hookpoint], v, x0),
+            standardised_projection(start.means[hookpoint], v, x0),
+            *units,
+            **statistics(config),
+        )
+        tiered = {metric: replace(value, tier=tier) for metric, value in found.items()}
+        rows += _rows(tiered, name, hookpoint, baseline, segment, step)
+    return tuple(rows)
+
+
+def _readouts(baseline: Baseline) -> Iterator[tuple[str, str, Tensor, Tier]]:
+    """Name, hookpoint, vector ``[d]`` and tier of everything that is read along a direction."""
     for concept in baseline.concepts:
         for hookpoint, direction in concept.directions.items():
-            x0, v = baseline.x0[hookpoint], direction.vector
-            frozen = None if readings.now_reference is None else readings.now_reference[hookpoint]
-            found = decompose(
-                standardised_projection(readings.now[hookpoint], v, x0),
-                None if frozen is None else standardised_projection(frozen, v, x0),
-                standardised_projection(readings.start_now[hookpoint], v, x0),
-                standardised_projection(start.means[hookpoint], v, x0),
-                *units,
-                **statistics(config),
-            )
-            rows += _rows(found, concept.name, hookpoint, baseline, segment, step)
-    return tuple(rows)
+            yield concept.name, hookpoint, direction.vector, "B"
+    for (name, hookpoint), panel in baseline.panels.items():
+        yield f"{name} (probe)", hookpoint, panel.mean_probe(name, hookpoint).weight, "C"
 
 
 def quadrant_rows(

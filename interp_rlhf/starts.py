@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from interp_rlhf.activations.reference import find_frozen
 from interp_rlhf.audit.layout import FOLDER, RESERVED, TEXTS, read_run_file, run_file_name
 from interp_rlhf.audit.sealing import sha256_file
 from interp_rlhf.audit.snapshots import MANIFEST, Snapshot
 from interp_rlhf.audit.store import Run, load_run
+from interp_rlhf.audit.texts import read_texts
 from interp_rlhf.audit.timeline import live_limits
 from interp_rlhf.audit.weights import COPY
 from interp_rlhf.baseline import FIRST, LOG_PROBS, TEXT_IDS, Baseline, fit_baseline, stored_readings
@@ -27,6 +29,7 @@ from interp_rlhf.measuring import drift_rows, start_rows
 from interp_rlhf.plan import Plan, TextTable, make_plan
 from interp_rlhf.provenance import run_info, tokenizer_hash
 from interp_rlhf.reading import Reading, read_table
+from interp_rlhf.rollouts import measure_rollouts, rollout_rows, stored_rollouts
 from interp_rlhf.stored_plan import load_plan
 
 Place = str | Path
@@ -50,6 +53,7 @@ class Start:
         info: what a run file says about them.
         tokenizer: θ_0's tokenizer; ``None`` where only its hash is known.
         precision: in which checkpoints are loaded.
+        wrote: what the start of the run wrote, lines and tensors; ``None`` where nothing was sampled.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Start:
     info: Mapping[str, Any]
     tokenizer: Any = None
     precision: Precision = torch.float32
+    wrote: tuple[Sequence[Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -111,7 +116,9 @@ def start_of_run(run: Place, checkpoint: Path | None = None) -> Start:
     if plan.audit.hash != info["prompts"]["sha256"]:
         raise FormatError(f"{file}: prompts: found a plan of other audit texts, expected those of the run")
     table = plan.table(fit=True, bank=True)
-    first, again = stored_readings(begin.tensors(), plan, table)
+    tensors = begin.tensors()
+    first, again = stored_readings(tensors, plan, table)
+    lines = read_texts(stored.path.parent, stored.events, "completions")
     return Start(
         name=stored.path.parent.name,
         step=begin.step,
@@ -124,6 +131,7 @@ def start_of_run(run: Place, checkpoint: Path | None = None) -> Start:
         baseline=fit_baseline(plan, table, first, again, config),
         info=MappingProxyType(info),
         precision="auto",  # as they were trained
+        wrote=(lines, tensors) if lines else None,
     )
 
 
@@ -280,8 +288,8 @@ def _stored_plan(run: Run, segment: int) -> Plan:
 # ------------------------------------------------------------------------------------------------------ the checkpoint
 
 
-def read_checkpoint(start: Start, checkpoint: Place, *, base: Place | None = None) -> Reading:
-    """Read a checkpoint on the start's texts (those of its baseline).
+def load_for(start: Start, checkpoint: Place, *, base: Place | None = None) -> torch.nn.Module:
+    """A checkpoint's model, in the precision of the start.
 
     Args:
         base: the base that an adapter is put on, instead of the one that it names.
@@ -291,8 +299,30 @@ def read_checkpoint(start: Start, checkpoint: Place, *, base: Place | None = Non
     """
     folder = model_folder(checkpoint)
     _check_tokenizer(start, folder, load_tokenizer(folder))
-    model = load_checkpoint(folder, dtype=start.precision, base=base)
+    return load_checkpoint(folder, dtype=start.precision, base=base)
+
+
+def read_checkpoint(start: Start, checkpoint: Place, *, base: Place | None = None) -> Reading:
+    """Read a checkpoint on the start's texts (those of its baseline); arguments and errors of :func:`load_for`."""
+    return read_model(start, load_for(start, checkpoint, base=base))
+
+
+def read_model(start: Start, model: torch.nn.Module) -> Reading:
+    """Read a model on the start's texts."""
     return read_table(model, start.baseline.table, start.baseline.plan, start.config, World())
+
+
+def rollout_rows_of(start: Start, model: torch.nn.Module, step: int, segment: int) -> tuple[Measurement, ...]:
+    """``shift/*`` rows as a live run writes them, where the run has kept what its start wrote; else none.
+
+    Readings under θ_0 need an adapter that can be switched off: nothing else of it is in a checkpoint.
+    """
+    if start.wrote is None:
+        return ()
+    lines, tensors = start.wrote
+    began = stored_rollouts(lines, tensors, model, start.plan, start.config)
+    found = measure_rollouts(began, model, find_frozen(model, None), start.plan, start.config, World())
+    return rollout_rows(began, found, start.baseline, start.config, segment, step)
 
 
 def _check_tokenizer(start: Start, folder: Path, tokenizer: Any) -> None:

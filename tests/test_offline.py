@@ -102,6 +102,28 @@ def test_rows_equal_those_of_adapters_and_of_fine_tuning(tmp_path: Path, name: s
     assert_rows_equal(frame(measure(tmp_path / "out" / "checkpoint-4")), live_rows(tmp_path / "out", 4))
 
 
+@pytest.mark.parametrize(("name", "lora"), [("grpo", True), ("dpo", True), ("dpo", False)])
+def test_everything_a_live_run_measures(tmp_path: Path, name: str, lora: bool) -> None:
+    """Probes, every null and, with the adapter off as θ_0, sampled completions: the same rows of both readers."""
+    folder = tmp_path / "out"
+    settings = small(folder, rollouts={"enabled": True, "prompts": 8, "max_new_tokens": 5})
+    train(name, folder, settings, max_steps=2, use_lora=lora)
+    found = to_frame([row.as_row() | {"superseded": False} for row in measure(folder / "checkpoint-2").rows])
+    rows = load_run(folder).timeline()
+    expected = rows[(rows.step == 2) & ~rows.metric.str.startswith("cost")]
+    key, numbers = ["metric", "readout", "hookpoint", "text", "reader"], ["value", "ci_low", "ci_high", "p"]
+    found, expected = (table.set_index(key).sort_index() for table in (found, expected))
+    if not lora:  # a fully trained checkpoint does not hold what it started from
+        apart = expected.index.get_level_values("metric").isin(
+            ["shift/text", "shift/representation", "shift/interaction"]
+        )
+        assert apart.any()
+        expected = expected[~apart]
+    assert {"shift/total", "probe/auc", "concept/drift_t"} <= set(found.index.get_level_values("metric"))
+    assert list(found.index) == list(expected.index)
+    assert np.allclose(found[numbers].astype(float), expected[numbers].astype(float), atol=1e-6, equal_nan=True)
+
+
 def test_a_checkpoint_elsewhere_is_measured_against_a_named_run(dpo_run: Path, tmp_path: Path) -> None:
     shutil.copytree(dpo_run / "checkpoint-2", tmp_path / "moved")
     found = measure(tmp_path / "moved", run=dpo_run, out=tmp_path / "written")
