@@ -144,7 +144,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         concepts += [concept] if concept else []
         refused += [refusal] if refusal else []
     directions = _saved_directions(config, hookpoints, tree)
-    _check_names(concepts, directions)
+    _check_names([load_pack(name).name for name in config.concepts.packs], concepts, directions)
     has_head = tree.causal_lm.get_output_embeddings() is not None
     if config.concepts.behaviour and not has_head:
         refused.append(Refusal("behaviour", "", f"{tree.architecture} has no language-model head to score texts with"))
@@ -292,9 +292,9 @@ def _on_domain(
     )
 
 
-def _check_names(concepts: Sequence[ConceptTexts], directions: Sequence[Direction]) -> None:
+def _check_names(packs: Sequence[str], concepts: Sequence[ConceptTexts], directions: Sequence[Direction]) -> None:
     """Two readouts of one name at one hookpoint could not be told apart in any table."""
-    named = [concept.name for concept in concepts]
+    named = [*packs, *(concept.name for concept in concepts if concept.name not in packs)]
     places = [(direction.name, direction.hookpoint) for direction in directions]
     twice = [name for i, name in enumerate(named) if name in named[:i]]
     twice += [name for i, (name, _) in enumerate(places) if name in named or places[i] in places[:i]]

@@ -60,7 +60,7 @@ def test_killed_and_resumed(moment: str, children: Forks, whole: Path, tmp_path:
         (2, int(checkpoint.name.removeprefix("checkpoint-"))),
     ]
     timeline, expected = run.timeline(), live(load_run(whole).timeline())
-    assert not timeline[~timeline.superseded].duplicated(KEY).any()
+    assert not timeline[~timeline.superseded].duplicated([*KEY, "reader"]).any()
     assert len(timeline[timeline.segment == 1]) >= len(before.timeline()), "what had been measured stays"
     rows = live(timeline)
     assert_rows_equal(rows, expected.loc[rows.index], 1e-6)

@@ -132,6 +132,7 @@ def test_ppo_trains_on_another_texts_score(tmp_path: Path) -> None:
     trainer = build("ppo", tmp_path / "run")
     texts = torch.randint(4, 90, (6, 12), generator=torch.Generator().manual_seed(0))
     texts[0, 8:] = texts[1, 10:] = 0  # padding after the answer
+    trainer.reward_model.eval()  # without dropout
     with torch.no_grad():
         _, before, _ = get_reward(trainer.reward_model, texts, 0, 5)
         handle = attach(trainer, small(tmp_path / "run", control=1, rollouts={"enabled": False}))

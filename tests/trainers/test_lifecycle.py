@@ -240,7 +240,8 @@ def test_the_class_with_interp(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_a_bare_callback_observes_only(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = small(tmp_path / "run", prompts={"n": 16, "source": "training"})  # a callback is not shown evaluation data
+    changes = {"prompts": {"n": 16, "source": "training"}, "rollouts": {"enabled": False}}  # all that it is not shown
+    config = small(tmp_path / "run", **changes)
     expected, handle = train(name, tmp_path / "run", config)
     callback = InterpCallback(config)
     with caplog.at_level(logging.WARNING, "interp_rlhf"):

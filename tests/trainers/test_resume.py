@@ -80,7 +80,8 @@ def test_a_resumed_run_goes_on_where_it_stopped(
     assert [(s.number, s.resumed_from, s.parent) for s in stored.segments] == [(1, None, None), (2, 4, 1)]
     timeline = handle.timeline()
     assert sorted(timeline[timeline.segment == 2].step.unique()) == [6, 8], "step 0 was not measured again"
-    assert not timeline.superseded.any() and not timeline.duplicated(["metric", "readout", "hookpoint", "step"]).any()
+    key = ["metric", "readout", "hookpoint", "step", "reader"]
+    assert not timeline.superseded.any() and not timeline.duplicated(key).any()
     assert timeline[timeline.segment == 1].equals(before), "nothing of the first segment was touched"
     assert {"concept/drift", "concept/auc", "concept/behaviour_change"} <= set(timeline.metric)
     assert_rows_equal(live(timeline), run["whole"])
@@ -117,11 +118,11 @@ def test_killed_between_the_save_and_its_measurement(stopped: dict[str, Any], ca
             raise Killed
         return original(self, step, checkpoint)
 
-    from interp_rlhf.callback import InterpCallback
+    from interp_rlhf.session import Session
 
-    original = InterpCallback._measure_and_keep
+    original = Session.keep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpCallback, "_measure_and_keep", dies)
+        patch.setattr(Session, "keep", dies)
         with pytest.raises(Killed):
             train("dpo", folder, stopped["config"])
     with open(folder / "interp" / "timeline.jsonl", "ab") as file:
