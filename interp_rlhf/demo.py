@@ -273,6 +273,7 @@ def _measurements(organism: Organism, steps: int) -> dict[str, Any]:
         "hookpoints": [f"layers.{layer}.resid_post" for layer in range(organism.layers)],
         "prompts": {"source": "named", "path": str(organism.texts_path), "batch_size": 64},
         "concepts": {"packs": [str(path) for path in organism.pack_paths], "n_pairs": 64},
+        "probes": {"fpr": 0.4},  # a pack has 32 pairs
         "schedule": {"every": max(steps // 4, 1)},
         "on_error": "raise",
     }

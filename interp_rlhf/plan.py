@@ -294,7 +294,7 @@ def _on_domain(
 
 def _check_names(packs: Sequence[str], concepts: Sequence[ConceptTexts], directions: Sequence[Direction]) -> None:
     """Two readouts of one name at one hookpoint could not be told apart in any table."""
-    named = [*packs, *(concept.name for concept in concepts if concept.name not in packs)]
+    named = [*packs, *(concept.name for concept in concepts if concept.name == PREFERENCE)]
     places = [(direction.name, direction.hookpoint) for direction in directions]
     twice = [name for i, name in enumerate(named) if name in named[:i]]
     twice += [name for i, (name, _) in enumerate(places) if name in named or places[i] in places[:i]]

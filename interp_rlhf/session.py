@@ -108,7 +108,7 @@ class Session:
             log.warning("reference: copy: none was kept of step 0, the resumed run goes by its readings (cached)")
             self.reference = Reference("cached")
         if self.samples:
-            self._start_rollouts(resumed=stored is not None)
+            self.attempt(step, "what the start writes", lambda: self._start_rollouts(resumed=stored is not None))
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), self.world)
         self.tried_step = self.measured_step = self.saved_step = step

@@ -78,7 +78,8 @@ def _because(finding: Finding) -> str:
         floor = "no drift: inside the numeric floor; " if finding.within_floor else ""
         return f"  ({floor}smallest detectable {finding.detectable:.2f})"
     if finding.verdict == "moved":
-        like = f"like {' and '.join(finding.not_beaten)}"
+        few = len(finding.not_beaten) < len(finding.nulls)
+        like = f"like {' and '.join(finding.not_beaten) if few else 'everything it was compared with'}"
         return f"  ({like if finding.not_beaten else 'nothing to compare it with'})"
     if check is None:
         return ""
