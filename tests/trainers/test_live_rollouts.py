@@ -100,13 +100,6 @@ def test_a_trainer_that_samples_need_not_be(tmp_path: Path) -> None:
     assert not shifts(handle) and "sampled completions" not in told(folder)
 
 
-def test_texts_without_a_prompt_cannot_be_continued(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    _, handle = train("sft", folder, settings(folder, True), **BRIEF)
-    assert "expected at least 8 audit prompts to continue, found 0" in told(folder)["sampled completions"]
-    assert not shifts(handle) and ("concept/drift", "order", HOOKPOINTS[0], 3) in live(handle.timeline()).index
-
-
 @pytest.mark.parametrize("name", ["dpo", "sft"])
 def test_training_is_unchanged(name: str, tmp_path: Path) -> None:
     made = sft() if name == "sft" else trainers()[name]
