@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -12,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.audit.sealing import safe_name
+from interp_rlhf.audit.texts import read_texts
 from interp_rlhf.errors import FormatError, InterpError
 from interp_rlhf.report import figures, panels
 from interp_rlhf.report.controls import find_controls
@@ -219,29 +218,9 @@ def _provenance(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _texts(run: Run) -> list[Mapping[str, Any]]:
-    """The texts that the newest start kept, checked against the hash that the timeline recorded."""
-    told = [event for event in run.events if event["event"] == "texts"]
-    newest = {str(event["texts"]).split("-", 1)[-1]: event for event in told}
-    lines: list[Mapping[str, Any]] = []
-    for event in newest.values():
-        folder = Path(run.path).parent / "_interp"
-        try:
-            file = folder / safe_name(event["texts"])
-        except FormatError as error:
-            raise FormatError(f"{folder}: {error}") from None
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise FormatError(f"{file}: the texts cannot be read ({error.strerror})") from None
-        found = hashlib.sha256(data).hexdigest()
-        if found != event["sha256"]:
-            raise FormatError(f"{file}: found SHA-256 {found}, expected {event['sha256']}")
-        try:
-            found_lines = [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
-        except ValueError:
-            raise FormatError(f"{file}: expected one JSON object a line") from None
-        if not all(isinstance(line, dict) for line in found_lines):
-            raise FormatError(f"{file}: expected one JSON object a line")
-        lines += found_lines
-    return lines
+def _texts(run: Run) -> list[dict[str, Any]]:
+    """The texts that the newest start kept, without the files that hold token ids."""
+    told = [str(event["texts"]) for event in run.events if event["event"] == "texts"]
+    names = dict.fromkeys(file.partition("-")[2].removesuffix(".jsonl") for file in told)
+    wanted = [name for name in names if name not in ("plan", "completions")]
+    return [line for name in wanted for line in read_texts(Path(run.path).parent, run.events, name)]
