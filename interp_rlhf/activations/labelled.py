@@ -19,7 +19,7 @@ class LabelledTexts:
     Attributes:
         name: the concept that the label speaks of.
         prompts: ``N`` different texts.
-        labels: ``N`` booleans; both occur.
+        labels: ``N`` booleans; both occur, twice at least.
     """
 
     name: str
@@ -31,7 +31,8 @@ class LabelledTexts:
         """Read JSON lines with a text (columns as in ``docs/formats.md``, Prompts) and a ``label``, true or false.
 
         Raises:
-            PromptError: an unreadable file or line, a text with both labels, labels of one class; names file and line.
+            PromptError: an unreadable file or line, a text with both labels, fewer than 2 texts of a class; names file
+                and line.
         """
         found: dict[str, tuple[Prompt, bool]] = {}
         for number, line in enumerate(_lines(Path(path)), start=1):
@@ -42,8 +43,9 @@ class LabelledTexts:
                 raise PromptError(f"{path}, line {number}: expected one label per text, found both for the same text")
         labels = tuple(label for _, label in found.values())
         true = sum(labels)
-        if true in (0, len(labels)):
-            raise PromptError(f"{path}: expected labels of both classes, found {true} true, {len(labels) - true} false")
+        if min(true, len(labels) - true) < 2:
+            found = f"{true} true, {len(labels) - true} false"
+            raise PromptError(f"{path}: expected labels of both classes, found {found}; 2 of each are needed")
         return cls(name, tuple(prompt for prompt, _ in found.values()), labels)
 
 
