@@ -8,11 +8,14 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from trainers.table import causal_lm, preferences, prompts, saved_model, scorer, texts, tokenizer, unpaired
+from trainers.tiny_runs import small
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from interp_rlhf import load_run
@@ -20,7 +23,9 @@ from interp_rlhf.activations.capturing import read_prompts
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.audit.verification import verify_run
+from interp_rlhf.offline import measure
 from interp_rlhf.plan import TextTable
+from interp_rlhf.readouts.packs import load_pack, render
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
@@ -51,7 +56,39 @@ def known_texts() -> dict[int, Prompt]:
             for drawn in row_texts(variant, tokenizer(), max_length=128):
                 for prompt in drawn.prompts:
                     found[int(TextTable((prompt,), frozenset()).ids)] = prompt
+    with TemporaryDirectory() as folder:
+        (pack,) = small(Path(folder) / "run")["concepts"]["packs"]
+        for pair in render(load_pack(pack), tokenizer(), 128):
+            for prompt in (pair.positive, pair.negative):
+                found[int(TextTable((prompt,), frozenset()).ids)] = prompt
     return found
+
+
+#: Parts of a shift that need the frozen start, which no checkpoint of a full fine-tuning holds.
+APART = {"shift/text", "shift/representation", "shift/interaction"}
+
+
+def claims(timeline: pd.DataFrame) -> dict[tuple[str, ...], float]:
+    """Values of the last step's probes and sampled completions."""
+    rows = timeline[(timeline.step == 4) & timeline.metric.str.startswith(("probe/", "shift/"))]
+    keys = zip(rows.metric, rows.readout, rows.hookpoint, rows.reader, strict=True)
+    return dict(zip(keys, rows.value, strict=True))
+
+
+def check_claims(out: Path, *, sampled: bool) -> None:
+    """Probes and sampled completions are those of one process that reads the checkpoint, and the parts add up."""
+    found, alone = claims(load_run(out).timeline()), claims(measure(out / "checkpoint-4").timeline())
+    assert alone.keys() == {key for key in found if key[0] not in APART}
+    for key, value in alone.items():
+        assert found[key] == pytest.approx(value, abs=1e-4), key
+    metrics = {key[0] for key in found}
+    assert "probe/staleness" in metrics and (APART | {"shift/total"} <= metrics) == sampled
+    for key in found:
+        if key[0] == "shift/total":
+            parts = (found["shift/text", *key[1:]], found["shift/representation", *key[1:]])
+            assert found[key] == pytest.approx(sum(parts), abs=1e-6) and abs(parts[1]) > 1e-5
+    refused = {event["readout"]: event["reason"] for event in load_run(out).events if event["event"] == "refused"}
+    assert ("sharded" in refused.get("sampled completions", "")) == (not sampled)
 
 
 def check_readings(model: nn.Module, out: Path, name: str, prefix: str) -> None:
@@ -70,6 +107,8 @@ def check_readings(model: nn.Module, out: Path, name: str, prefix: str) -> None:
 @pytest.mark.parametrize("trainer", ["dpo", "sft", "grpo", "rloo", "kto", "reward"])
 def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: Path) -> None:
     out = tmp_path / engine
+    if trainer in ("dpo", "grpo"):
+        small(out)  # leaves a pack for the worker
     launch(trainer, engine, out)
     run = load_run(out)
     assert sorted(run.timeline().step.unique()) == [0, 2, 4]
@@ -79,6 +118,11 @@ def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: 
     start, kind = (scorer(), LlamaForSequenceClassification) if trainer == "reward" else (causal_lm(), LlamaForCausalLM)
     check_readings(start, out, "01-step-000000", "start/")
     check_readings(kind.from_pretrained(out / "checkpoint-4"), out, "01-step-000004", "means/")
+    if trainer == "grpo":
+        check_claims(out, sampled=engine != "zero3")
+    if trainer == "dpo":
+        found = claims(load_run(out).timeline())
+        assert found and found == pytest.approx(claims(measure(out / "checkpoint-4").timeline()), abs=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])

@@ -30,6 +30,20 @@ CONFIG = {
 }
 
 
+#: For trainers that have a pack beside their output folder.
+MORE = {
+    "hookpoints": ["layers.1.resid_post", "layers.2.resid_post"],
+    "rollouts": {"prompts": 9, "completions": 2, "max_new_tokens": 4},  # odd too
+}
+
+
+def config(output_dir: Path) -> dict[str, object]:
+    pack = output_dir.parent / "order.jsonl"
+    if not pack.exists():
+        return CONFIG
+    return {**CONFIG, **MORE, "concepts": {"n_pairs": 32, "packs": [str(pack)]}}
+
+
 def deepspeed(stage: int) -> dict[str, object]:
     zero = {"stage": stage, "overlap_comm": False}
     if stage == 3:  # tiny parameters would otherwise stay whole, and nothing would be tested
@@ -55,7 +69,8 @@ def main(name: str, engine: str, output_dir: str, model_dir: str) -> None:
         deepspeed=deepspeed(int(engine[-1])) if engine.startswith("zero") else None,
     )
     if os.environ.get("BARE") != "1":
-        attach(trainer, {**CONFIG, "on_error": "warn"} if "FAIL_ON_RANK" in os.environ else CONFIG)
+        settings = config(Path(output_dir))
+        attach(trainer, {**settings, "on_error": "warn"} if "FAIL_ON_RANK" in os.environ else settings)
     if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", "0"):
         import interp_rlhf.reading as reading
 
