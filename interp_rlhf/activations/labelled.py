@@ -44,8 +44,8 @@ class LabelledTexts:
         labels = tuple(label for _, label in found.values())
         true = sum(labels)
         if min(true, len(labels) - true) < 2:
-            found = f"{true} true, {len(labels) - true} false"
-            raise PromptError(f"{path}: expected labels of both classes, found {found}; 2 of each are needed")
+            counts = f"{true} true, {len(labels) - true} false"
+            raise PromptError(f"{path}: expected labels of both classes, found {counts}; 2 of each are needed")
         return cls(name, tuple(prompt for prompt, _ in found.values()), labels)
 
 
