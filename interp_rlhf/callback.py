@@ -66,6 +66,7 @@ class InterpCallback(TrainerCallback):
         self.rows_reach_the_log = False
         self.trainer_class = ""
         self.control: Control | None = None
+        self.training: Mapping[str, Any] | None = None
         self._plan: Plan | None = None
         self._ref_model: nn.Module | None = None
         self._tokenizer: Any = None
@@ -128,8 +129,9 @@ class InterpCallback(TrainerCallback):
         )  # fmt: skip
         self._logged_step, self._ended = -1, False
         info = run_info(
-            self.config, plan, model, self._tokenizer, self.trainer_class, world, args=args, control=self.control
-        )
+            self.config, plan, model, self._tokenizer, self.trainer_class, world,
+            args=args, control=self.control, training=self.training,
+        )  # fmt: skip
         run.segment = run_on_main(lambda: run.store.start(info, resumed_from=step or None), world)
         self._guarded(step, "the baseline", lambda: run.start(step))
 

@@ -8,7 +8,7 @@ prompt, in standard deviations of the first's step 0, so that what prompts have 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,8 @@ def compare(
         first: output folder of an attached run, or folder of a model: then it is the θ_0 of all others.
         others: output folders, model folders, adapters, checkpoints.
         controls: control runs (or checkpoints of such) that every verdict is judged against; those in a run's own
-            ``_controls`` folder are found by themselves.
+            ``_controls`` folder are found by themselves. Beside runs they are held to the same rules as those; beside
+            models only that they were read on the same texts is checked.
         config: settings as for ``attach``, where no run is among the arguments.
         data: JSON lines of prompts or preference pairs, where no run is among the arguments. A checkpoint that lies in
             an attached run brings the texts of that run where neither is given.
@@ -164,12 +165,14 @@ def compare(
     named = list(zip(names, (*places, *controls), strict=True))
     with unchanged_random_states():
         start = None if len(runs) == len(places) else _common_start(places, runs, config, data)
-        beside = dict(_control_rows(named[len(places) :], start, first))
-        given = tuple(ControlTable(name, "given", rows) for name, rows in beside.items())
+        given = named[len(places) :]
+        _check_controls(given)
+        beside = dict(_control_rows(given, start, first))
         if start is None:
             found = _compare_runs([(name, load_run(place)) for name, place in named[: len(places)]], given)
         else:
-            found = _compare_readings(start, named[: len(places)], given)
+            tables = tuple(ControlTable(name, "given, not checked", rows) for name, rows in beside.items())
+            found = _compare_readings(start, named[: len(places)], tables)
     return Comparison(None if start is None else start.name, *found, controls=beside)
 
 
@@ -188,7 +191,17 @@ _Found = tuple[dict[str, Any], dict[str, Summary], tuple[Difference, ...], tuple
 # ---------------------------------------------------------------------------------------------------- attached runs
 
 
-def _compare_runs(runs: Sequence[tuple[str, Run]], given: tuple[ControlTable, ...]) -> _Found:
+def _check_controls(given: Sequence[tuple[str, Place]]) -> None:
+    seen: set[Path] = set()
+    for name, place in given:
+        if (folder := Path(place).resolve()) in seen:
+            raise ConfigError(f"controls: {name}: named twice, and one control run counts once")
+        seen.add(folder)
+        if is_run(place) and not load_run(place).info.get("control"):
+            raise ConfigError(f"controls: {name}: its run.json does not say that it is a control run")
+
+
+def _compare_runs(runs: Sequence[tuple[str, Run]], given: Sequence[tuple[str, Place]]) -> _Found:
     timelines = {name: run.timeline() for name, run in runs}
     summaries = {name: _own_summary(run, timelines[name], given) for name, run in runs}
     (first, reference), differences, reasons = runs[0], [], []
@@ -211,11 +224,11 @@ def _compare_runs(runs: Sequence[tuple[str, Run]], given: tuple[ControlTable, ..
     return timelines, summaries, tuple(differences), tuple(reasons)
 
 
-def _own_summary(run: Run, timeline: pd.DataFrame, given: tuple[ControlTable, ...]) -> Summary:
+def _own_summary(run: Run, timeline: pd.DataFrame, given: Sequence[tuple[str, Place]]) -> Summary:
     config = InterpConfig.from_mapping(run.info["config"], where=str(run.path))
     options = {"tolerance": config.statistics.tolerance, "confidence": config.statistics.confidence}
-    found = find_controls(run)
-    return summarise(timeline, run.events, controls=replace(found, used=(*found.used, *given)), **options)
+    found = find_controls(run, [(name, Path(place)) for name, place in given])
+    return summarise(timeline, run.events, controls=found, **options)
 
 
 def _check_same_texts(run: Run, start: Start) -> None:
@@ -251,10 +264,8 @@ def _changes_of_run(run: Run, start: Start) -> Changes:
     shapes = any(expected[name].shape != began.means[name].shape for name in hookpoints)
     difference = float("inf") if shapes else reading_difference(expected, began.means)
     if not difference <= SAME_READING:
-        raise FormatError(
-            f"{run.path.parent.name} began with other readings than {start.name} (they differ by {difference:.2g} of "
-            f"the mean norm, expected at most {SAME_READING:g})"
-        )
+        found = f"they differ by {difference:.2g} of the mean norm, expected at most {SAME_READING:g}"
+        raise FormatError(f"{run.path.parent.name} began with other readings than {start.name} ({found})")
     now = stored_reading(last, table, hookpoints, MEANS)
     readings = [{n: audit_readings(r, table, start.plan, n) for n in hookpoints} for r in (began, now)]
     return _changes(start.baseline, *readings)
@@ -308,7 +319,7 @@ def _control_rows(
     places: Sequence[tuple[str, Place]], start: Start | None, first: Place
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     for name, place in places:
-        if is_run(place):
+        if is_run(place) and start is None:
             yield name, current(load_run(place).timeline())
         else:
             start = start or start_of_run(first)

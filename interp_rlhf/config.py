@@ -192,7 +192,7 @@ class InterpConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    control: Positive | None = None
+    control: Annotated[int, Field(gt=0, le=9999, strict=True)] | None = None
     control_within: str | None = None
     hookpoints: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "layers.25%.resid_post",

@@ -49,22 +49,30 @@ class Control:
 
 
 def control_folder(output_dir: str | Path, number: int) -> Path:
-    """Where control run ``number`` of the run in ``output_dir`` is written.
+    """Where control run ``number`` of the run in ``output_dir`` is written, also if that is a control run's already.
 
-    >>> control_folder("runs/dpo", 3).as_posix()
-    'runs/dpo/_controls/03'
+    >>> control_folder("runs/dpo", 3).as_posix(), control_folder("runs/dpo/_controls/02", 3).as_posix()
+    ('runs/dpo/_controls/03', 'runs/dpo/_controls/03')
     """
-    return Path(output_dir) / FOLDER / f"{number:02d}"
+    folder = Path(output_dir)
+    real = folder.parents[1] if is_control_folder(folder) else folder
+    return real / FOLDER / f"{number:02d}"
+
+
+def is_control_folder(output_dir: str | Path) -> bool:
+    """Whether an output folder is one of a control run."""
+    return Path(output_dir).parent.name == FOLDER
 
 
 def scramble_data(dataset: Any, number: int, *, seed: int, within: str | None) -> tuple[Any, Control] | None:
     """The training data of a control run; ``None`` where the data hold no preferences to scramble.
 
-    Pairs (``chosen…`` and ``rejected…`` columns): the two sides are swapped in half of the rows, drawn at random, in as
-    many of each value of ``within``. Labels (a ``label`` column): permuted among the rows of each value.
+    Pairs (tokenized ``chosen…ids`` and ``rejected…ids``, which a trainer makes that learns from them): the two sides,
+    all their columns, are swapped in half of the rows, drawn at random, in as many of each value of ``within``. A
+    ``margin`` stays with its row. Labels (``label`` beside ``completion_ids``): permuted among the rows of each value.
 
     Args:
-        dataset: a map-style ``datasets.Dataset``, prepared or not.
+        dataset: a trainer's map-style ``datasets.Dataset``, as it prepared it.
         number: the control run.
         seed: the run's seed.
         within: a column; ``None`` takes all rows as one.
@@ -77,14 +85,15 @@ def scramble_data(dataset: Any, number: int, *, seed: int, within: str | None) -
     if is_streaming(dataset):
         raise ConfigError("control: as many rows of each kind cannot be drawn from a streaming dataset; load it whole")
     columns = list(getattr(dataset, "column_names", None) or ())
-    pairs, labelled = {"chosen", "rejected"} <= _sides(columns), "label" in columns
+    pairs = any("chosen" in name and name.endswith("ids") and _other(name) in columns for name in columns)
+    labelled = {"label", "prompt_ids", "completion_ids"} <= set(columns)
     if not (pairs or labelled):
         return None
     if within is not None and within not in columns:
         raise ConfigError(
             f"control_within: expected a column of the data ({', '.join(sorted(columns))}), found {within}"
         )
-    strata = dataset[within] if within is not None else [None] * len(dataset)
+    strata = [repr(value) for value in dataset[within]] if within is not None else [None] * len(dataset)
     random = np.random.default_rng([seed, number, _STREAM])
     if pairs:
         rows = balanced_half(strata, random)
@@ -141,11 +150,6 @@ def permute_groups(rewards: Tensor, size: int, random: np.random.Generator) -> T
 def reward_generator(seed: int, number: int, step: int, call: int) -> np.random.Generator:
     """The generator that permutes the rewards of one call, the same on all ranks and after a resume."""
     return np.random.default_rng([seed, number, _STREAM, step, call])
-
-
-def _sides(columns: Sequence[str]) -> set[str]:
-    """Which sides of preference pairs the columns hold."""
-    return {side for side in ("chosen", "rejected") for name in columns if side in name and _other(name) in columns}
 
 
 def _other(name: str) -> str:

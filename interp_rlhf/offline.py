@@ -128,7 +128,8 @@ def measure(
         segment = 1 if out is not None else start.segment
         rows = (*start.compare(reading, step, segment), *rollout_rows_of(start, model, step, segment))
         written = None if out is None else write_run(Path(out), start, folder, step, reading, rows)
-    controls = None if found is None else _controls(load_run(found), step)
+    own = found is not None and own_run(folder) == Path(found).resolve()
+    controls = _controls(load_run(found), step) if own and found is not None else None
     return Measured(short_name(checkpoint), step, start, rows, written, controls)
 
 

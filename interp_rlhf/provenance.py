@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def run_info(
     world: World,
     args: Any = None,
     control: Control | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The JSON-ready content of ``run.json``. Hashes of texts, never texts: this file is published with the model."""
     inner = unwrap_model(model)
@@ -65,6 +67,7 @@ def run_info(
         "versions": versions(),
         "trainer": trainer_class or None,
         "training_sha256": None if args is None else training_hash(args),
+        "training": None if training is None else {**training, "trainable_sha256": _trainable(model)},
         "control": None if control is None else control.as_info(),
         "model": {
             "class": type(inner).__name__,
@@ -96,6 +99,40 @@ def run_info(
     }
 
 
+def training_info(dataset: Any, rewards: Sequence[str]) -> dict[str, Any]:
+    """What a run learns from, before a control run scrambles it: a hash of the data, and names of the rewards.
+
+    The hash is over the columns, the number of rows and 512 of them evenly spaced, without transforms that are applied
+    when a row is read; ``None`` for data that are no map-style ``datasets.Dataset``.
+    """
+    found = None
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+        plain, n = dataset.with_format(None), len(dataset)
+        rows = [plain[index] for index in range(0, n, max(n // 512, 1))]
+        found = _digest(json.dumps([sorted(dataset.column_names), n, rows], sort_keys=True, default=_nameless))
+    return {"data_sha256": found, "rewards": list(rewards)}
+
+
+def describe_reward(reward: Any) -> str:
+    """A reward's name: of a function with a hash of its code and constants, of a model with its class and name."""
+    code = getattr(reward, "__code__", None)
+    if code is not None:
+        plain = [value for value in code.co_consts if isinstance(value, int | float | str | bytes | None)]
+        return f"{reward.__name__}:{_digest(repr((code.co_code, plain, code.co_names)))[:16]}"
+    settings = getattr(reward, "config", None)
+    name = str(getattr(settings, "_name_or_path", "") or "").rstrip("/").split("/")[-1]
+    return f"{type(reward).__name__}:{name}" if name else type(reward).__name__
+
+
+def _trainable(model: nn.Module) -> str:
+    """SHA-256 over the names of the parameters that are trained."""
+    return _digest(json.dumps(sorted(name for name, p in unwrap_model(model).named_parameters() if p.requires_grad)))
+
+
+def _nameless(value: Any) -> str:
+    return type(value).__name__
+
+
 def _sealed(plan: Plan) -> dict[str, Any] | None:
     """The sealed probe, fixed before training begins."""
     probe = plan.sealed
@@ -112,7 +149,7 @@ def training_hash(args: Any) -> str:
         for name, value in args.to_dict().items()
         if name not in _TELLING and not name.startswith(("hub_", "push_to_hub", "log", "save_", "trackio"))
     }
-    return _digest(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__))
+    return _digest(json.dumps(told, sort_keys=True, default=_nameless))
 
 
 def published(config: InterpConfig) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.errors import ConfigError, MeasurementError
 
@@ -50,6 +52,7 @@ def label_completions(function: Labeller, texts: Sequence[Prompt], tokenizer: An
     if not isinstance(labels, list) or len(labels) != len(texts):
         found = f"{len(labels)} of them" if isinstance(labels, list) else type(labels).__name__
         raise MeasurementError(f"rollouts.labels: expected a list of {len(texts)} labels, found {found}")
+    labels = [bool(label) if isinstance(label, np.bool_) else label for label in labels]
     wrong = next((label for label in labels if not (label is None or isinstance(label, bool))), None)
     if wrong is not None:
         raise MeasurementError(f"rollouts.labels: expected True, False or None, found {wrong!r}")

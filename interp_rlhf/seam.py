@@ -7,13 +7,14 @@ The exception is :func:`_permute_rewards`, for control runs of trainers that com
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp_rlhf.activations.engines import unchanged_random_states
 from interp_rlhf.callback import InterpCallback
@@ -21,11 +22,13 @@ from interp_rlhf.config import SWITCH, InterpConfig, switched_off
 from interp_rlhf.controls import (
     Control,
     control_folder,
+    is_control_folder,
     permute_groups,
     reward_generator,
     scramble_data,
 )
 from interp_rlhf.errors import ConfigError, InterpError
+from interp_rlhf.provenance import describe_reward, training_info
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,17 +132,10 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
             raise ConfigError(f"control: {settings.control} with {SWITCH}=off would train on the real preferences")
         print(f"interp_rlhf: off ({SWITCH}=off), the trainer is left as it is")
         return DetachedHandle()
-    if isinstance(trainer.__dict__.get("interp"), Handle):
-        raise InterpError(f"attach: this {type(trainer).__name__} is attached already; call handle.detach() first")
-    if any(isinstance(other, InterpCallback) for other in trainer.callback_handler.callbacks):
-        raise InterpError(
-            f"attach: this {type(trainer).__name__} has an InterpCallback already, which would write twice"
-        )
-    if trainer.model is None:
-        raise InterpError(f"attach: this {type(trainer).__name__} has no model")
+    _check(trainer, settings)
     callback = InterpCallback(settings)
     callback.prepare(
-        model=trainer.model,
+        model=cast(nn.Module, trainer.model),
         tokenizer=trainer.processing_class,
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
@@ -148,6 +144,8 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
         samples=_names(trainer) & _SAMPLE != set(),
     )
     undo = ExitStack()
+    with unchanged_random_states():
+        callback.training = training_info(trainer.train_dataset, _rewards(trainer))
     if settings.control is not None:
         callback.control = _make_control(trainer, settings, undo)
     callback.rows_reach_the_log = True
@@ -157,6 +155,23 @@ def attach(trainer: Trainer, config: Config = None) -> Handle | DetachedHandle:
     trainer.add_callback(callback)
     handle = cast(InterpMixin, trainer).interp = Handle(trainer, callback, undo)
     return handle
+
+
+def _check(trainer: Trainer, settings: InterpConfig) -> None:
+    """Refuse trainers that cannot be attached to."""
+    if isinstance(trainer.__dict__.get("interp"), Handle):
+        raise InterpError(f"attach: this {type(trainer).__name__} is attached already; call handle.detach() first")
+    if any(isinstance(other, InterpCallback) for other in trainer.callback_handler.callbacks):
+        raise InterpError(
+            f"attach: this {type(trainer).__name__} has an InterpCallback already, which would write twice"
+        )
+    if trainer.model is None:
+        raise InterpError(f"attach: this {type(trainer).__name__} has no model")
+    if settings.control is None and is_control_folder(str(trainer.args.output_dir)):
+        raise ConfigError(
+            f"output_dir: {trainer.args.output_dir} is a control run's, and this run has no control number; its "
+            "arguments were used for a control run before: give it new ones"
+        )
 
 
 def with_interp(cls: type, config: Config = None) -> type:
@@ -203,12 +218,16 @@ def _make_control(trainer: Trainer, settings: InterpConfig, undo: ExitStack) -> 
         data, control = found
         undo.callback(setattr, trainer, "train_dataset", trainer.train_dataset)
         trainer.train_dataset = data
+    elif settings.control_within is not None:
+        raise ConfigError(
+            f"control_within: {settings.control_within} means nothing where rewards are permuted in groups"
+        )
     else:
         _permute_rewards(trainer, number, seed, undo)
         control = Control(number, "rewards permuted")
     args: Any = trainer.args
     for name, value in (
-        ("run_name", f"{args.run_name or Path(args.output_dir).name}-control-{number:02d}"),
+        ("run_name", _control_name(args, number)),
         ("push_to_hub", False),
         ("output_dir", str(control_folder(args.output_dir, number))),
     ):
@@ -217,6 +236,18 @@ def _make_control(trainer: Trainer, settings: InterpConfig, undo: ExitStack) -> 
     if args.should_save:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return control
+
+
+def _control_name(args: Any, number: int) -> str:
+    name = re.sub(r"-control-\d+$", "", args.run_name or "") or control_folder(args.output_dir, number).parents[1].name
+    return f"{name}-control-{number:02d}"
+
+
+def _rewards(trainer: Any) -> list[str]:
+    """Names of what the trainer is rewarded by, functions with a hash of their code."""
+    named = vars(trainer)
+    found = named.get("reward_funcs") or [named[key] for key in ("reward_model", "judge") if named.get(key) is not None]
+    return [describe_reward(reward) for reward in (found if isinstance(found, list | tuple) else [found])]
 
 
 def _permute_rewards(trainer: Any, number: int, seed: int, undo: ExitStack) -> None:
@@ -229,16 +260,24 @@ def _permute_rewards(trainer: Any, number: int, seed: int, undo: ExitStack) -> N
     Raises:
         ConfigError: a trainer without such rewards.
     """
-    names, calls = _names(trainer), count()
+    names, calls = _names(trainer), Counter()
 
     def permuted(rewards: Tensor, size: int) -> Tensor:
-        return permute_groups(rewards, size, reward_generator(seed, number, trainer.state.global_step, next(calls)))
+        step = trainer.state.global_step
+        calls[step] += 1  # counted within the step, so that a resumed run draws the same
+        return permute_groups(rewards, size, reward_generator(seed, number, step, calls[step]))
 
     if names & {"GRPOTrainer", "RLOOTrainer"}:
         name, arrange = "_calculate_rewards", lambda rewards: permuted(rewards, trainer.num_generations)
     elif "OnlineDPOTrainer" in names and trainer.reward_funcs:
         name, arrange = "_calculate_rewards_from_functions", lambda rewards: _of_pairs(rewards, permuted)
     elif "PPOTrainer" in names:
+        each, whole = trainer.args.local_rollout_forward_batch_size, trainer.args.local_batch_size
+        if min(each, whole) < 2 or whole % each == 1:
+            raise ConfigError(
+                f"control: PPO's rewards are permuted among the texts scored together, found {whole} scored by {each}: "
+                "one of them would be alone; set local_rollout_forward_batch_size"
+            )
         _permute_scores(trainer.reward_model, permuted, undo)
         return
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from interp_rlhf.audit.store import RunStore
@@ -16,6 +17,8 @@ from interp_rlhf.measurement import COLUMNS, Measurement
 from interp_rlhf.report.controls import Controls, ControlTable
 from interp_rlhf.report.rows import current
 
+#: What every run read at its start.
+START = {"text_ids": np.arange(4), "start/layers.0.resid_post": np.ones((4, 2), dtype=np.float32)}
 HOOKPOINTS = tuple(f"layers.{layer}.resid_post" for layer in (0, 1, 2, 3))
 
 
@@ -28,6 +31,9 @@ class SyntheticSnapshot:
     step: int
     digest: str
     parent: str | None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(START)
 
 
 @dataclass
@@ -237,6 +243,7 @@ def store_run(
     store = RunStore(folder)
     store.start(info, resumed_from=None)
     store.append(rows)
+    store.snapshot(0, [], START)
     for event in events:
         store.event(event["event"], **{name: part for name, part in event.items() if name != "event"})
 

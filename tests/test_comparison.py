@@ -164,22 +164,25 @@ def test_a_run_beside_a_checkpoint(folders: Path) -> None:
     np.testing.assert_allclose(other.table().to_numpy(), found.table().to_numpy(), atol=1e-4)
 
 
-def test_controls_are_kept_beside(folders: Path) -> None:
-    found = compare(
-        folders / "full",
-        folders / "adapter",
-        controls=[folders / "faster", folders / "faster" / "checkpoint-4"],
-    )
-    assert list(found.controls) == ["faster", "checkpoint-4"]
+def test_controls_are_kept_beside(folders: Path, tmp_path: Path) -> None:
+    attached_run("dpo", tmp_path / "own", control=1)
+    control = tmp_path / "own" / "_controls" / "01"
+    found = compare(folders / "full", folders / "adapter", controls=[control, control / "checkpoint-4"])
+    assert list(found.controls) == ["01", "checkpoint-4"]
+    assert found.summaries["full"].controls.k == 1
+    assert "run.json differs in" in dict(found.summaries["adapter"].controls.left_out)["01"]
+    for places, words in (([control, control], "named twice"), ([folders / "faster"], "that it is a control run")):
+        with pytest.raises(ConfigError, match=words):
+            compare(folders / "full", folders / "adapter", controls=places)
     recorded, read = found.control_tables()
-    rows = live(load_run(folders / "faster").timeline())
+    rows = live(load_run(control).timeline())
     expected = {
         h: abs(rows.loc[("concept/drift", "order", h, 4)].value)
         for h in recorded[recorded.readout == "order"].hookpoint
     }
     assert recorded[recorded.readout == "order"].set_index("hookpoint").value.to_dict() == pytest.approx(expected)
     np.testing.assert_allclose(read.value, recorded.value, atol=1e-5)
-    assert "Control runs beside: faster, checkpoint-4" in str(found)
+    assert "Control runs beside: 01, checkpoint-4" in str(found)
 
 
 def test_runs_that_cannot_be_subtracted_say_why(folders: Path, tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ QUICK: dict[str, Any] = {
 PLANTED = "planted"
 
 
-def attached_run(name: str, folder: Path, **changes: Any) -> Any:
+def attached_run(name: str, folder: Path, *, control: int | None = None, **changes: Any) -> Any:
     """A finished run of four steps with checkpoints at 2 and 4."""
-    settings = small(folder, probes={"enabled": False})
+    settings = small(folder, probes={"enabled": False}, control=control)
     settings["concepts"]["bank"] = False
     _, handle = train(name, folder, settings, max_steps=4, **changes)
     return handle

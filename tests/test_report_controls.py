@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from synthetic_run import SyntheticRun, control_rows, make_run, store_controls, store_run
+from synthetic_run import START, SyntheticRun, control_rows, make_run, store_controls, store_run
 
 from interp_rlhf.audit.store import RunStore, load_run
 from interp_rlhf.report.controls import Controls, find_controls, statistics
@@ -105,8 +106,24 @@ def test_superseded_rows_of_a_control_run_do_not_count(run: SyntheticRun) -> Non
     store.append([replace(r, value=99.0, step=2 * r.step) for r in rows])
     segment = store.start({**run.info, "control": CONTROL}, resumed_from=None)
     store.append([replace(r, segment=segment) for r in rows])
+    store.snapshot(0, [], START)
     (control,) = find_controls(load_run(run.path.parent)).used
     assert max(control.drifts().values()) < 9
+
+
+def test_another_start_is_left_out(run: SyntheticRun) -> None:
+    """Other weights read otherwise; other texts cannot be compared at all."""
+    for name, changes, reason in (
+        ("07", {"start/layers.0.resid_post": np.full((4, 2), 1.01, dtype=np.float32)}, "it began at other weights"),
+        ("08", {"text_ids": np.arange(1, 5)}, "it read other texts at its start"),
+        ("09", {"start/layers.1.resid_post": np.ones((4, 2))}, "it read other texts or hookpoints at its start"),
+    ):
+        store = RunStore(run.path.parent / "_controls" / name)
+        store.start({**run.info, "control": CONTROL}, resumed_from=None)
+        store.append(control_rows(run))
+        store.snapshot(0, [], {**START, **changes})
+        found = dict(find_controls(load_run(run.path.parent)).left_out)
+        assert found[name].startswith(reason)
 
 
 def test_damaged_and_empty_folders_are_named_without_the_machines_folders(run: SyntheticRun) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from interp_rlhf.audit.store import Run
 
+#: Names of a step-0 snapshot's tensors, and the relative difference up to which two starts are the same.
+START, TEXT_IDS, SAME_START = "start/", "text_ids", 1e-3
 #: Folder with one folder per control run, inside the output folder.
 CONTROLS = "_controls"
 
@@ -81,30 +83,39 @@ class Controls:
     itself: str = ""
 
 
-def find_controls(run: Run) -> Controls:
+def find_controls(run: Run, given: Sequence[tuple[str, Path]] = ()) -> Controls:
     """The control runs in ``_controls`` beside the run's ``interp`` folder, sorted into usable and left out.
+
+    Args:
+        given: names and output folders of further control runs, under the same rules; none is counted twice.
 
     Nothing is raised for a control run that cannot be read: the reason is in ``left_out``.
     """
     itself = _itself(run.info.get("control"))
     root = Path(run.path).resolve().parent / CONTROLS  # as errors spell it
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    own = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    known = {path.resolve() for path in own}
+    folders = [(path.name, path) for path in own]
+    for name, path in given:
+        if path.resolve() not in known:
+            known.add(path.resolve())
+            folders.append((name, path))
     used: list[ControlTable] = []
     left_out: list[tuple[str, str]] = []
     seen: dict[int, str] = {}
     step = _last_step(current(run.timeline())) if folders else None
-    for folder in folders:
+    for name, folder in folders:
         try:
             control = load_run(find_run(folder))
         except FormatError as error:
             place, _, what = str(error).partition(": ")
-            left_out.append((folder.name, what if Path(place) == folder else str(error).replace(f"{folder}/", "")))
+            left_out.append((name, what if Path(place) == folder else str(error).replace(f"{folder}/", "")))
             continue
         if reason := _unusable(run, control, step, seen):
-            left_out.append((folder.name, reason))
+            left_out.append((name, reason))
         else:
-            used.append(_table(run, control, folder.name))
-            seen[control.info["control"]["number"]] = folder.name
+            used.append(_table(run, control, name))
+            seen[control.info["control"]["number"]] = name
     return Controls(tuple(used), tuple(left_out), itself)
 
 
@@ -126,6 +137,8 @@ def _unusable(run: Run, control: Run, step: int | None, seen: Mapping[int, str])
     if changed := differences(_compared(run.info), _compared(control.info)):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         return f"run.json differs in {changed[0]}{more}"
+    if reason := _another_start(run, control):
+        return reason
     table = current(control.timeline())
     last = _last_step(table)
     if step is None or last != step:
@@ -135,6 +148,31 @@ def _unusable(run: Run, control: Run, step: int | None, seen: Mapping[int, str])
         return f"{failed['what']} failed at its last step: {failed['reason']}"
     missing = sorted(_read(current(run.timeline()), step) - _read(table, step))
     return f"it has no drift of {missing[0][0]} at {missing[0][1]}" if missing else ""
+
+
+def _another_start(run: Run, control: Run) -> str:
+    """Why two runs did not begin at the same weights, by their readings of step 0; empty where they did."""
+    starts = []
+    for one, what in ((run, "the run"), (control, "it")):
+        begun = [snapshot for snapshot in one.snapshots if snapshot.parent is None]
+        if not begun:
+            return f"{what} has kept no readings of its start"
+        try:
+            arrays = begun[-1].arrays()
+        except FormatError as error:
+            return f"the readings of the start cannot be compared: {str(error).partition(': ')[2]}"
+        starts.append({name: array for name, array in arrays.items() if name.startswith(START) or name == TEXT_IDS})
+    mine, theirs = starts
+    if {name: array.shape for name, array in mine.items()} != {name: array.shape for name, array in theirs.items()}:
+        return "it read other texts or hookpoints at its start"
+    if not (mine[TEXT_IDS] == theirs[TEXT_IDS]).all():
+        return "it read other texts at its start"
+    for name in (name for name in mine if name != TEXT_IDS):
+        scale = float((mine[name].astype(float) ** 2).sum(1).mean() ** 0.5)
+        difference = float(abs(mine[name].astype(float) - theirs[name]).max())
+        if difference > SAME_START * max(scale, 1e-30):
+            return f"it began at other weights: {name.removeprefix(START)} reads otherwise at step 0"
+    return ""
 
 
 def _compared(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def run(name: str, folder: Path, control: int | None, **changes: Any) -> tuple[A
 @pytest.mark.parametrize("name", SCRAMBLED)
 def test_a_control_run_of_every_trainer(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    real, _ = run(name, folder, None)
+    groups = {"num_generations": 4, "per_device_train_batch_size": 4} if name in ("grpo", "rloo") else {}
+    real, _ = run(name, folder, None, **groups)
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    scrambled, _ = run(name, folder, 1)
+    scrambled, _ = run(name, folder, 1, **groups)
     assert all(path.read_bytes() == data for path, data in files.items()), "the real run's files are as they were"
     new = {path.relative_to(folder).parts[:2] for path in folder.rglob("*") if path.is_file()} - {
         path.relative_to(folder).parts[:2] for path in files
@@ -147,6 +148,70 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"control_within.*expected a column.*topic"):
         attach(trainer, small(tmp_path / "run", control=1, control_within="topic"))
     assert trainer.args.output_dir == str(tmp_path / "run")
+
+
+def test_controls_of_another_training_do_not_count(tmp_path: Path) -> None:
+    """Other data, other trained parameters, other rewards: each is named and left out."""
+    folder = tmp_path / "run"
+    _, handle = run("dpo", folder, None)
+    run("dpo", folder, 1)
+    shorter = build("dpo", folder, max_steps=3, save_strategy="no")
+    shorter.train_dataset = shorter.train_dataset.select(range(40))
+    shorter.eval_dataset = shorter.eval_dataset
+    attach(shorter, small(folder, rollouts={"enabled": False}, probes={"enabled": False}, control=2))
+    shorter.train()
+    run("dpo", folder, 3, use_lora=True)
+    controls = handle.summary().controls
+    assert controls.k == 1
+    reasons = dict(controls.left_out)
+    assert "training.data_sha256" in reasons["02"] and "training.trainable_sha256" in reasons["03"]
+
+
+def test_rewards_are_part_of_what_is_compared(tmp_path: Path) -> None:
+    infos = []
+    for place, reward in (
+        ("a", length_reward),
+        ("b", lambda completions, **_: [-1.0 * len(text) for text in completions]),
+    ):
+        trainer = trainers()["grpo"].build(tmp_path / place)
+        trainer.reward_funcs[0] = reward
+        infos.append(attach(trainer, small(tmp_path / place)).callback.training)
+    assert infos[0]["data_sha256"] == infos[1]["data_sha256"] and infos[0]["rewards"] != infos[1]["rewards"]
+
+
+def test_arguments_of_a_control_run_are_no_ones_else(tmp_path: Path) -> None:
+    trainer = build("dpo", tmp_path / "run")
+    attach(trainer, small(tmp_path / "run", control=1))
+    again = build("dpo", tmp_path / "run")
+    again.args = trainer.args
+    attach(again, small(tmp_path / "run", control=2))
+    assert again.args.output_dir == str(tmp_path / "run" / "_controls" / "02")
+    assert again.args.run_name == "run-control-02"
+    real = build("dpo", tmp_path / "run")
+    real.args = trainer.args
+    with pytest.raises(ConfigError, match="is a control run's"):
+        attach(real, small(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("column", ["label", "chosen and rejected"])
+def test_columns_that_are_not_learned_from_are_not_scrambled(column: str, tmp_path: Path) -> None:
+    trainer = build("sft", tmp_path / "run")
+    n = len(trainer.train_dataset)
+    with unchanged_random_states():
+        for name in column.split(" and "):
+            values = [i % 2 == 0 for i in range(n)] if name == "label" else [f"w{i % 9}" for i in range(n)]
+            trainer.train_dataset = trainer.train_dataset.add_column(name, values)
+    with pytest.raises(ConfigError, match="nothing to scramble"):
+        attach(trainer, small(tmp_path / "run", control=1))
+
+
+def test_a_text_scored_alone_is_refused_before_training(tmp_path: Path) -> None:
+    if "ppo" not in SCRAMBLED:
+        pytest.skip("this TRL has no PPO")
+    trainer = build("ppo", tmp_path / "run")
+    trainer.args.local_rollout_forward_batch_size = 1
+    with pytest.raises(ConfigError, match="would be alone"):
+        attach(trainer, small(tmp_path / "run", control=1))
 
 
 def test_off_never_trains_a_control_run_on_real_preferences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

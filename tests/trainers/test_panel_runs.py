@@ -1,4 +1,4 @@
-"""The probe panel in live runs: a sealed probe beside texts of the training's own domain; nothing where nothing moves."""
+"""The probe panel in live runs: a sealed probe beside texts of the own domain; nothing stale where nothing moves."""
 
 from __future__ import annotations
 
