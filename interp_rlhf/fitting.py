@@ -306,8 +306,13 @@ def _labelled(found: LabelledTexts, options: FitOptions) -> _Texts:
 
 
 def _paired(name: str, pairs: Sequence[ContrastPair], where: str, options: FitOptions) -> _Texts:
+    if options.tokens == "prompt":
+        raise PromptError(f"{where}: both sides of a pair answer one prompt, expected tokens completion or all")
+    pairs = list({(pair.positive.id, pair.negative.id): pair for pair in pairs}.values())  # a copy is no evidence
     if len(pairs) < _PAIRS:
-        raise PromptError(f"{where}: expected at least {_PAIRS} pairs that fit the token limit, found {len(pairs)}")
+        raise PromptError(
+            f"{where}: expected at least {_PAIRS} different pairs that fit the token limit, found {len(pairs)}"
+        )
     groups = [pair.group for pair in pairs]
     if len(set(groups)) < 2:
         raise PromptError(f"{where}: expected pairs of at least 2 groups, found 1")
@@ -315,7 +320,7 @@ def _paired(name: str, pairs: Sequence[ContrastPair], where: str, options: FitOp
     try:
         check_no_leak([(pair.positive.id, pair.negative.id) for pair in pairs], groups, folds)
     except PromptError as error:
-        raise PromptError(f"{where}: {error}") from None
+        raise PromptError(f"{where}: as this tokenizer reads them, {error}") from None
     prompts = (*(pair.positive for pair in pairs), *(pair.negative for pair in pairs))
     labels = torch.arange(len(prompts)) < len(pairs)
     return _Texts(name, prompts, labels, (*folds, *folds), paired=True)

@@ -100,7 +100,7 @@ def measure(
             only the base that an adapter is put on.
         config: settings as for ``attach`` (default preset ``observe``); a run brings its own.
         data: JSON lines of prompts or preference pairs (``docs/formats.md``), for a checkpoint without a run.
-        out: a new folder to write a complete run into, for ``report``, ``verify`` and ``load_run``.
+        out: a folder without a run to write a complete one into, for ``report``, ``verify`` and ``load_run``.
         step: the checkpoint's step, where neither ``trainer_state.json`` nor its name tells.
 
     Raises:
@@ -158,7 +158,10 @@ def measure_command(
 
 def _step(folder: Path, step: int | None, start: Start, *, known: bool) -> int:
     """The checkpoint's step; 1 where nothing tells and the start is known to be the base model."""
-    found = step if step is not None else checkpoint_step(folder)
+    told = checkpoint_step(folder)
+    if None not in (step, told) and step != told:
+        raise ConfigError(f"{folder}: step: expected {told}, which the checkpoint tells of itself, found {step}")
+    found = step if step is not None else told
     if found is None and not known:
         raise ConfigError(
             f"{folder}: neither trainer_state.json nor its name tells the step, expected step to be given"
@@ -225,4 +228,4 @@ def _weights_hash(folder: Path) -> str:
 def _check_new(out: Path) -> None:
     check_folder(out)
     if (out / FOLDER).exists():
-        raise ConfigError(f"{out}: holds {FOLDER}/ already, expected a new folder to write the run into")
+        raise ConfigError(f"{out}: holds {FOLDER}/ already, expected a folder without a run to write it into")

@@ -189,7 +189,7 @@ def test_texts_that_cannot_be_fitted_on(tmp_path: Path) -> None:
     out, path = tmp_path / "out.safetensors", tmp_path / "x.jsonl"
     refused(PromptError, "labels of both classes, found 20 true, 0 false", out, labels=labelled(path, 20, 0))
     refused(PromptError, "at least 8 texts of each class, found 7 true and 30 false", out, labels=labelled(path, 7, 30))
-    refused(PromptError, r"at least 16 pairs .* found 15", out, pairs=preferences(path, 15))
+    refused(PromptError, r"at least 16 different pairs .* found 15", out, pairs=preferences(path, 15))
     refused(PromptError, "at least 16 pairs .* found 0", out, pairs=preferences(path), max_length=5)
     refused(PromptError, "at least 2 groups, found 1", out, pairs=preferences(path, prompt="w5 w6 w7"))
     refused(PromptError, "line 1: expected two different answers", out, pairs=preferences(path, chosen=" w60 w3 w3"))
@@ -236,3 +236,10 @@ def test_files_and_places_that_do_not_fit(pack: str, tmp_path: Path) -> None:
 def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FitOptions(HOOKPOINT, **options)
+
+
+def test_copies_and_sides_that_are_the_same_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "w1", "chosen": f" w{2 + i % 2}", "rejected": f" w{9 + i % 2}"} for i in range(20)]
+    path = lines(tmp_path / "copies.jsonl", rows)
+    refused(PromptError, r"at least 16 different pairs that fit the token limit, found 2", tmp_path / "out", pairs=path)
+    refused(PromptError, "both sides of a pair answer one prompt", tmp_path / "out", pairs=path, tokens="prompt")

@@ -124,6 +124,11 @@ def test_everything_a_live_run_measures(tmp_path: Path, name: str, lora: bool) -
     assert np.allclose(found[numbers].astype(float), expected[numbers].astype(float), atol=1e-6, equal_nan=True)
 
 
+def test_a_step_that_is_not_the_checkpoints_is_refused(dpo_run: Path) -> None:
+    with pytest.raises(ConfigError, match="step: expected 2, which the checkpoint tells of itself, found 4"):
+        measure(dpo_run / "checkpoint-2", step=4)
+
+
 def test_a_checkpoint_elsewhere_is_measured_against_a_named_run(dpo_run: Path, tmp_path: Path) -> None:
     shutil.copytree(dpo_run / "checkpoint-2", tmp_path / "moved")
     found = measure(tmp_path / "moved", run=dpo_run, out=tmp_path / "written")
