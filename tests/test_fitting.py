@@ -191,7 +191,8 @@ def test_texts_that_cannot_be_fitted_on(tmp_path: Path) -> None:
     refused(PromptError, "at least 8 texts of each class, found 7 true and 30 false", out, labels=labelled(path, 7, 30))
     refused(PromptError, r"at least 16 different pairs .* found 15", out, pairs=preferences(path, 15))
     refused(PromptError, "at least 16 different pairs .* found 0", out, pairs=preferences(path), max_length=5)
-    refused(PromptError, "at least 2 groups, found 1", out, pairs=preferences(path, prompt="w5 w6 w7"))
+    rows = [{"prompt": "w5 w6 w7", "chosen": f" w{i + 6} w3", "rejected": f" w{i + 40} w4"} for i in range(20)]
+    refused(PromptError, "at least 2 groups, found 1", out, pairs=lines(path, rows))
     refused(PromptError, "line 1: expected two different answers", out, pairs=preferences(path, chosen=" w60 w3 w3"))
     refused(PromptError, r"line 1: expected an object with chosen and rejected, found \['text'\]", out,
             pairs=lines(path, [{"text": "w1 w2"}]))  # fmt: skip
