@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from interp_rlhf.activations.prompt_sets import is_streaming
+from interp_rlhf.audit.layout import CONTROLS
 from interp_rlhf.errors import ConfigError
-
-#: Folder of a run's control runs, inside its output folder. Uploads leave out names that begin with ``_``.
-FOLDER = "_controls"
 
 Kind = Literal["pairs swapped", "labels permuted", "rewards permuted"]
 
@@ -56,12 +54,12 @@ def control_folder(output_dir: str | Path, number: int) -> Path:
     """
     folder = Path(output_dir)
     real = folder.parents[1] if is_control_folder(folder) else folder
-    return real / FOLDER / f"{number:02d}"
+    return real / CONTROLS / f"{number:02d}"
 
 
 def is_control_folder(output_dir: str | Path) -> bool:
     """Whether an output folder is one of a control run."""
-    return Path(output_dir).parent.name == FOLDER
+    return Path(output_dir).parent.name == CONTROLS
 
 
 def scramble_data(dataset: Any, number: int, *, seed: int, within: str | None) -> tuple[Any, Control] | None:

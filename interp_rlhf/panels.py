@@ -39,9 +39,10 @@ def start_panels(
     """
     found: dict[tuple[str, str], PanelStart] = {}
     refused: list[Refusal] = []
-    for concept in plan.concepts if config.probes.enabled else ():
+    read = [concept for concept in plan.concepts if config.probes.enabled and admitted.get(concept.name)]
+    for concept in read:
         try:
-            found |= _of_concept(plan, table, reading, config, concept, admitted.get(concept.name, ()), options)
+            found |= _of_concept(plan, table, reading, config, concept, admitted[concept.name], options)
         except InterpError as error:
             refused.append(Refusal(f"{concept.name} (probes)", "", str(error)))
     reasons = {name: panel.no_recall for (name, _), panel in found.items() if panel.no_recall}

@@ -13,6 +13,8 @@ from interp_rlhf.errors import FormatError
 
 #: Names inside an output folder (``interp``, ``_interp``) and inside ``interp``.
 FOLDER, TEXTS, TIMELINE, SNAPSHOTS = "interp", "_interp", "timeline.jsonl", "snapshots"
+#: Folder of a run's control runs, inside its output folder. Uploads leave out names that begin with ``_``.
+CONTROLS = "_controls"
 #: Version of the run files; a reader refuses any other.
 RUN_SCHEMA = 1
 #: Keys of a run file that are not the caller's.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.audit.layout import differences, find_run
+from interp_rlhf.audit.layout import CONTROLS, differences, find_run
 from interp_rlhf.audit.store import load_run
 from interp_rlhf.audit.timeline import live_events
 from interp_rlhf.errors import FormatError
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 #: Names of a step-0 snapshot's tensors, and the relative difference up to which two starts are the same.
 START, TEXT_IDS, SAME_START = "start/", "text_ids", 1e-3
-#: Folder with one folder per control run, inside the output folder.
-CONTROLS = "_controls"
-
 #: Keys of ``run.json`` and settings that may differ: what makes it a control run, what is done with the numbers, how
 #: often they are taken, and what is measured besides drift (measuring leaves no trace, and only drift is compared).
 _FREE = ("control", "versions", "world_size")

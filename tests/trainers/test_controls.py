@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from trainers.table import length_reward, trainers
-from trainers.tiny_runs import build, small
+from trainers.tiny_runs import build, small, train
 
 from interp_rlhf import ConfigError, attach, load_run
 from interp_rlhf.activations.engines import unchanged_random_states
@@ -209,9 +209,36 @@ def test_a_text_scored_alone_is_refused_before_training(tmp_path: Path) -> None:
     if "ppo" not in SCRAMBLED:
         pytest.skip("this TRL has no PPO")
     trainer = build("ppo", tmp_path / "run")
-    trainer.args.local_rollout_forward_batch_size = 1
-    with pytest.raises(ConfigError, match="would be alone"):
-        attach(trainer, small(tmp_path / "run", control=1))
+    for whole, each in ((2, 1), (3, 2), (1, 2)):
+        trainer.args.local_batch_size, trainer.args.local_rollout_forward_batch_size = whole, each
+        with pytest.raises(ConfigError, match="would be alone"):
+            attach(trainer, small(tmp_path / "run", control=1))
+
+
+def test_a_resumed_control_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
+    groups = {"num_generations": 8, "per_device_train_batch_size": 8}
+    changes = {"rollouts": {"enabled": False}, "probes": {"enabled": False}, "control": 1}
+    weights = []
+    for place in ("whole", "resumed"):
+        folder = tmp_path / place
+        train("grpo", folder, small(folder, **changes), max_steps=4, **groups)
+        if place == "resumed":
+            checkpoint = folder / "_controls" / "01" / "checkpoint-2"
+            trainer, _ = train("grpo", folder, small(folder, **changes), max_steps=4, resume=checkpoint, **groups)
+        else:
+            trainer, _ = train("grpo", tmp_path / "again", small(tmp_path / "again", **changes), max_steps=4, **groups)
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_strata_may_be_lists_and_rewards_have_none(tmp_path: Path) -> None:
+    trainer = build("dpo", tmp_path / "dpo")
+    with unchanged_random_states():
+        tags = [["a"] if i % 2 else ["b", "c"] for i in range(len(trainer.train_dataset))]
+        trainer.train_dataset = trainer.train_dataset.add_column("tags", tags)
+    assert attach(trainer, small(tmp_path / "dpo", control=1, control_within="tags")).callback.control.changed == 24
+    with pytest.raises(ConfigError, match="means nothing where rewards are permuted"):
+        attach(build("grpo", tmp_path / "grpo"), small(tmp_path / "grpo", control=1, control_within="tags"))
 
 
 def test_off_never_trains_a_control_run_on_real_preferences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
