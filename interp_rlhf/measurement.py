@@ -16,6 +16,7 @@ NullKind = Literal[
     "control_run",
     "refit",
     "numeric",
+    "random_circuits",
     "none",
 ]
 Tier = Literal["A", "B", "C", "D", "E"]
