@@ -151,7 +151,7 @@ def test_evidence_is_read_from_rows() -> None:
     expected = CircuitEvidence(True, 0.9, 0.45, 0.6, 0.5, 0.4, 0.3, 0.2, 0.25)
     assert circuit_evidence(start, now) == expected
     assert circuit_evidence({}, {}) == CircuitEvidence(False, *[None] * 8)
-    assert circuit_verdict(circuit_evidence({}, now)).word == "undetermined"
+    assert not circuit_evidence({}, now).start_effect and circuit_evidence(start, {}).start_effect
 
 
 def test_the_page_has_the_thresholds_and_the_words(repository: Path) -> None:

@@ -135,6 +135,17 @@ def test_structure_and_its_interval_by_hand() -> None:
         assert (one.n, one.unit, one.tier, one.null_kind, one.p) == (80, "1", "A", "none", None)
 
 
+def test_intervals_of_structure_stay_in_its_range() -> None:
+    generator = np.random.default_rng(2)
+    up, down = (
+        mechanism.structure_estimates(*planted(generator, (2, 2), start, now, noise), top=3, n=4)
+        for start, now, noise in ((np.arange(20.0), np.arange(20.0), 2.0), (np.ones(20), -np.ones(20), 9.0))
+    )
+    assert up["circuit/structure_spearman"].ci_high == 1.0 > up["circuit/structure_spearman"].value
+    assert [down[name].ci_low for name in STRUCTURE[1:]] == [0.0, -1.0, 0.0]
+    assert down["circuit/structure_change"].ci_low < 0
+
+
 def test_structure_change_takes_any_similarity() -> None:
     four = [tensor(scores(seed)[0]) for seed in range(4)]
     table = {(0, 1): 0.9, (2, 3): 0.7, (0, 3): 0.4, (2, 1): 0.2}

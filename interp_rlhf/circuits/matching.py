@@ -167,10 +167,8 @@ def _assign(similarity: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
 def _match_groups(heads: Int[Tensor, " lh"], graph: Graph) -> Int[Tensor, " lg"]:
     """One-to-one assignment of key-value heads that keeps most query heads with theirs, else at its own index."""
     each, n = graph.n_heads // graph.n_kv_heads, graph.n_layers * graph.n_kv_heads
-    matched = heads >= 0
-    own = torch.arange(len(heads)) // each
-    votes = torch.zeros(n, n, dtype=torch.float64)
-    votes.index_put_((own[matched], heads[matched] // each), torch.ones(1, dtype=torch.float64), accumulate=True)
+    votes, one = torch.zeros(n, n, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    votes.index_put_((torch.arange(len(heads)) // each, heads // each), one, accumulate=True)
     return _assign(votes + torch.eye(n, dtype=torch.float64) / (2 * n))
 
 
