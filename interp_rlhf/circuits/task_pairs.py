@@ -55,7 +55,7 @@ class TaskPair:
     def of(cls, clean: Sequence[int], corrupt: Sequence[int], **more: Sequence[int]) -> Self:
         """A pair whose id is a hash of its content, 16 hex digits; ``more`` are the other fields."""
         content = {"clean": clean, "corrupt": corrupt, **more}
-        tokens = {name: tuple(int(token) for token in ids) for name, ids in content.items()}
+        tokens = {name: tuple(ids) for name, ids in content.items()}
         text = "|".join(f"{name}={','.join(map(str, tokens[name]))}" for name in sorted(tokens) if tokens[name])
         return cls(hashlib.sha256(text.encode()).hexdigest()[:16], **tokens)
 
