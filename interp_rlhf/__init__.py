@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from interp_rlhf.audit.snapshots import Snapshot
     from interp_rlhf.audit.store import load_run
     from interp_rlhf.callback import InterpCallback
+    from interp_rlhf.circuits.attribution import attribute_edges
+    from interp_rlhf.circuits.graph import Circuit
     from interp_rlhf.comparison import compare
     from interp_rlhf.config import InterpConfig
     from interp_rlhf.errors import (
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 
 #: The one table of public names: where each is defined.
 _PUBLIC: dict[str, str] = {
+    "Circuit": "interp_rlhf.circuits.graph",
     "ConfigError": "interp_rlhf.errors",
     "Direction": "interp_rlhf.readouts.directions",
     "FormatError": "interp_rlhf.errors",
@@ -51,6 +54,7 @@ _PUBLIC: dict[str, str] = {
     "ReferenceMismatch": "interp_rlhf.errors",
     "Snapshot": "interp_rlhf.audit.snapshots",
     "attach": "interp_rlhf.seam",
+    "attribute_edges": "interp_rlhf.circuits.attribution",
     "capture": "interp_rlhf.activations.capturing",
     "compare": "interp_rlhf.comparison",
     "load_run": "interp_rlhf.audit.store",
@@ -58,6 +62,7 @@ _PUBLIC: dict[str, str] = {
 }
 
 __all__ = [
+    "Circuit",
     "ConfigError",
     "Direction",
     "FormatError",
@@ -72,6 +77,7 @@ __all__ = [
     "ReferenceMismatch",
     "Snapshot",
     "attach",
+    "attribute_edges",
     "capture",
     "compare",
     "load_run",

@@ -120,6 +120,40 @@ class RolloutsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CircuitsConfig:
+    """Circuits: which connections between heads and MLPs carry a behaviour, and whether that changes.
+
+    Attributes:
+        tasks: built-in generators (``induction``, ``greater_than``, ``agreement``) or task files
+            (``docs/formats.md``); none: circuits are not measured.
+        control: a task, likewise, whose circuit the others are held against.
+        pairs: clean/corrupt pairs that a generator makes, half to select circuits, half to run them.
+        method: how edges are scored; ``eap-ig`` averages over ``steps`` points.
+        steps: points of ``eap-ig``.
+        ablation: what a corrupted component writes.
+        size: share of all edges in a circuit; ``auto`` takes the fewest that are faithful at step 0.
+        random: random circuits of that size, the null of faithfulness.
+        every: cadence in optimizer steps; ``null``: with every measurement. Saves and the end always are.
+        batch_size: pairs per pass.
+        memory: MiB that attribution may take beyond the passes themselves.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    tasks: tuple[str, ...] = ()
+    control: str | None = None
+    pairs: Annotated[int, Field(ge=16)] = 64
+    method: Literal["eap", "eap-ig"] = "eap-ig"
+    steps: Positive = 5
+    ablation: Literal["patching", "mean", "zero"] = "patching"
+    size: Literal["auto"] | Fraction = "auto"
+    random: Annotated[int, Field(ge=19)] = 20
+    every: Positive | None = None
+    batch_size: Positive = 16
+    memory: Positive = 512
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduleConfig:
     """When to measure. Step 0 and the end always are; every save forces a measurement of the saved weights.
 
@@ -207,6 +241,7 @@ class InterpConfig:
     concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
+    circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     snapshots: SnapshotsConfig = field(default_factory=SnapshotsConfig)

@@ -82,6 +82,24 @@ def agree(outcome: T | Exception, world: World) -> T:
     return outcome
 
 
+def spread(n: int, work: Callable[[int], T], world: World) -> list[T]:
+    """``[work(0), …, work(n − 1)]`` on every rank, each done by one of them. Nothing inside may be a collective call.
+
+    Raises:
+        MeasurementError: on all ranks, where one failed; as :func:`agree`.
+    """
+    try:
+        outcome: list[T] | Exception = [work(i) for i in range(world.rank, n, world.size)]
+    except Exception as error:  # every rank is told below
+        outcome = error
+    mine = agree(outcome, world)
+    if world.size == 1:
+        return mine
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, mine, group=world.group)
+    return [parts[i % world.size][i // world.size] for i in range(n)]
+
+
 def run_on_main(work: Callable[[], T], world: World) -> T:
     """Run ``work`` on the main process only; every rank gets its result, or raises with it."""
     if world.size == 1:

@@ -17,6 +17,8 @@ from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows, is_streaming
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
 from interp_rlhf.activations.tokenizers import tokenizer_hash
+from interp_rlhf.circuits.tasks import Task, resolve_task
+from interp_rlhf.circuits.wiring import find_wiring
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.errors import ConfigError, PromptError
 from interp_rlhf.measurement import Source
@@ -80,7 +82,7 @@ class Plan:
     """The fixed part of a run: the same at every measurement.
 
     ``bank`` holds unrelated concepts, read at step 0 only; ``on_domain`` labelled texts of the training's domain,
-    ``sealed`` a probe that training never touches.
+    ``sealed`` a probe that training never touches, ``tasks`` the pairs of prompts on which circuits are found.
     """
 
     hookpoints: tuple[str, ...]
@@ -95,6 +97,8 @@ class Plan:
     bank: tuple[ConceptTexts, ...] = ()
     on_domain: tuple[LabelledTexts, ...] = ()
     sealed: LinearProbe | None = None
+    tasks: tuple[Task, ...] = ()
+    control_task: Task | None = None
 
     def table(self, *, fit: bool, bank: bool = False) -> TextTable:
         """The texts of one measurement.
@@ -145,6 +149,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         refused += [refusal] if refusal else []
     directions = _saved_directions(config, hookpoints, tree)
     _check_names([load_pack(name).name for name in config.concepts.packs], concepts, directions)
+    tasks, control_task = _tasks(config, model, tokenizer, limit)
     has_head = tree.causal_lm.get_output_embeddings() is not None
     if config.concepts.behaviour and not has_head:
         refused.append(Refusal("behaviour", "", f"{tree.architecture} has no language-model head to score texts with"))
@@ -161,7 +166,29 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         bank=_bank(config, tokenizer, limit) if concepts or directions else (),
         on_domain=_on_domain(config, tokenizer, limit, concepts),
         sealed=_sealed_probe(config, hookpoints, tree, tokenizer, concepts),
+        tasks=tasks,
+        control_task=control_task,
     )
+
+
+def _tasks(config: InterpConfig, model: nn.Module, tokenizer: Any, limit: int) -> tuple[tuple[Task, ...], Task | None]:
+    """The tasks whose circuits are followed and the control task, on a model whose wiring is understood."""
+    wanted = config.circuits
+    if not wanted.tasks:
+        return (), None
+    find_wiring(model, layers=config.layers)
+    entries = (*wanted.tasks, *([] if wanted.control is None else [wanted.control]))
+    tasks = [resolve_task(entry, tokenizer, n=wanted.pairs, seed=config.seed) for entry in entries]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"circuits: tasks and control: expected different names, found {', '.join(names)}")
+    for task in tasks:
+        longest = max(task.pairs, key=lambda pair: pair.length)
+        if longest.length > limit:
+            found = f"pair {longest.id}: {longest.length} tokens"
+            raise ConfigError(f"circuits: task {task.name!r}: {found}, expected at most {limit}")
+    control = tasks.pop() if wanted.control is not None else None
+    return tuple(tasks), control
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,7 @@ def run_info(
             for direction in plan.directions
         ],
         "sealed_probe": _sealed(plan),
+        "circuits": _circuits(plan),
         "world_size": world.size,
         "seed": config.seed,
     }
@@ -122,6 +123,14 @@ def describe_reward(reward: Any) -> str:
     settings = getattr(reward, "config", None)
     name = str(getattr(settings, "_name_or_path", "") or "").rstrip("/").split("/")[-1]
     return f"{type(reward).__name__}:{name}" if name else type(reward).__name__
+
+
+def _circuits(plan: Plan) -> list[dict[str, Any]]:
+    tasks = (*plan.tasks, *([] if plan.control_task is None else [plan.control_task]))
+    return [
+        {"task": task.name, "pairs": len(task.pairs), "sha256": task.hash, "control": task is plan.control_task}
+        for task in tasks
+    ]
 
 
 def _trainable(model: nn.Module) -> str:

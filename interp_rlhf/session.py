@@ -3,6 +3,7 @@
     start     read θ_0 twice → fit directions and probes, admit concepts → rows, snapshot, texts
     measure   read θ_t → rows of every metric → timeline
     sample    completions of fixed prompts, where they are wanted: written by θ_t and by θ_0, read by both → rows
+    trace     circuits of tasks, where there are any: edge scores, circuits run on the other half → rows, alarms
     keep      measure, unless just done → snapshot beside the checkpoint
 
 When each is called is the callback's business (:mod:`interp_rlhf.callback`). Every method but the small ones is a
@@ -34,9 +35,18 @@ from interp_rlhf.baseline import (
 )
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, barrier, run_on_main
+from interp_rlhf.drift.circuit_verdict import circuit_evidence, circuit_verdict
 from interp_rlhf.errors import FormatError, MeasurementError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
+from interp_rlhf.mechanism_rows import (
+    drawn_circuit,
+    mechanism_estimates,
+    mechanism_rows,
+    mechanism_tensors,
+    stored_mechanism,
+)
+from interp_rlhf.mechanisms import MechanismReading, MechanismStart, Reader, read_mechanism, start_mechanism
 from interp_rlhf.plan import Plan, Refusal, TextTable
 from interp_rlhf.reading import Reading, read_table
 from interp_rlhf.rollout_labels import Labeller, label_completions
@@ -78,6 +88,9 @@ class Session:
     start_means: Mapping[str, Tensor] = field(default_factory=dict)
     reading: Reading | None = None
     rollouts: RolloutStart | None = None
+    mechanisms: tuple[MechanismStart, ...] = ()
+    traced: tuple[MechanismReading, ...] = ()
+    traced_step: int = -1
     rows: tuple[Measurement, ...] = ()
     tried_step: int = -1  # a failed measurement is tried again when the next one is due, not at every log
     measured_step: int = -1
@@ -109,6 +122,8 @@ class Session:
             self.reference = Reference("cached")
         if self.samples:
             self.attempt(step, "what the start writes", lambda: self._start_rollouts(resumed=stored is not None))
+        if self.plan.tasks:
+            self.attempt(step, "circuits of the start", lambda: self._start_circuits(step, resumed=stored is not None))
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), self.world)
         self.tried_step = self.measured_step = self.saved_step = step
@@ -147,6 +162,9 @@ class Session:
             cost = rollout_cost_rows(self.rollouts, self.baseline, self.segment, step)
             self.store.append(cost)
             self.rows = (*self.rows, *cost)
+        for start in self.mechanisms:
+            tensors |= mechanism_tensors(start)
+            self._record_mechanism(step, start, start.reading)
         self._snapshot(step, tensors, start=True)
 
     def _start_rollouts(self, *, resumed: bool) -> None:
@@ -188,6 +206,9 @@ class Session:
         self.reading, self.measured_step = reading, step
         if self.rollouts is not None:
             self.attempt(step, "sampled completions", lambda: self._sample(step))
+        every = self.config.circuits.every
+        if every is None or step - self.traced_step >= every:
+            self._try_circuits(step)
 
     def _compare(self, step: int, reading: Reading, tokens: int, began: float) -> tuple[Measurement, ...]:
         rows = drift_rows(self.baseline, reading, self.config, self.segment, step)
@@ -234,6 +255,7 @@ class Session:
         """Measure ``step`` unless it was just done; snapshot it, beside its checkpoint where it has one."""
         if self.measured_step != step:
             self.measure(step)
+        self._try_circuits(step)
         barrier(self.world)  # every rank has finished writing its part of the checkpoint
         run_on_main(lambda: self._snapshot_reading(step, checkpoint), self.world)
         self.saved_step = step
@@ -241,7 +263,59 @@ class Session:
     def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
         if self.table is None or self.reading is None:
             raise MeasurementError(f"step {step}: no reading to keep")
-        self._snapshot(step, reading_tensors(self.table, self.reading), checkpoint)
+        tensors = reading_tensors(self.table, self.reading)
+        if self.traced_step == step:
+            for start, found in zip(self.mechanisms, self.traced, strict=True):
+                tensors |= mechanism_tensors(start, found)
+        self._snapshot(step, tensors, checkpoint)
+
+    # -- circuits --------------------------------------------------------------------------------------------------
+
+    def _reader(self) -> Reader:
+        config = self.config
+        return Reader.of(self.model, config.circuits, self.plan.pad_token_id, config.seed, self.world, config.layers)
+
+    def _start_circuits(self, step: int, *, resumed: bool) -> None:
+        """Find the circuits of the start, or take them from step 0's snapshot."""
+        reader, control = self._reader(), self.plan.control_task
+        if resumed:
+            tensors = run_on_main(lambda: dict(self.store.baseline() or {}), self.world)
+            known = (reader.wiring.graph, self.config.seed)
+            self.mechanisms = tuple(stored_mechanism(tensors, task, *known) for task in self.plan.tasks)
+        else:
+            self.mechanisms = tuple(start_mechanism(reader, task, control) for task in self.plan.tasks)
+        self.traced_step = step
+
+    def _try_circuits(self, step: int) -> None:
+        if self.mechanisms and self.traced_step != step:
+            self.attempt(step, "circuits", lambda: self._trace(step))
+
+    def _trace(self, step: int) -> None:
+        """Read every task on the weights of now and record what became of its mechanism."""
+        began, reader = time.monotonic(), self._reader()
+        self.traced = tuple(read_mechanism(reader, start) for start in self.mechanisms)
+        self.traced_step = step
+
+        def record() -> None:
+            for start, found in zip(self.mechanisms, self.traced, strict=True):
+                self._record_mechanism(step, start, found)
+
+        run_on_main(record, self.world)
+        self.spent += time.monotonic() - began
+
+    def _record_mechanism(self, step: int, start: MechanismStart, found: MechanismReading) -> None:
+        before, now = (mechanism_estimates(start, one, self.config) for one in (start.reading, found))
+        rows = mechanism_rows(start, now, self.segment, step)
+        self.store.append(rows)
+        if step == self.measured_step or found is start.reading:
+            self.rows = (*self.rows, *rows)
+        self.store.event("circuit", step=step, **drawn_circuit(start, found))
+        verdict = circuit_verdict(circuit_evidence(before, now))
+        if found is start.reading and verdict.word == "undetermined":
+            self._refuse(Refusal(f"circuit of {start.task.name}", "", verdict.why))
+        if verdict.alarm:
+            log.warning("step %d: circuit of %s: %s. %s", step, start.task.name, verdict.word, verdict.why)
+            self.store.event("alarm", step=step, task=start.task.name, word=verdict.word, reason=verdict.why)
 
     def _read(self, table: TextTable, model: nn.Module, **order: Any) -> Reading:
         return read_table(model, table, self.plan, self.config, self.world, **order)

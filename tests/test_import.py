@@ -25,11 +25,12 @@ LOWEST = {"interp_rlhf.errors", "interp_rlhf.measurement"}
 LAYERS = {
     "activations": ({"trl", "accelerate", "deepspeed"}, {"activations", "config"}),
     "readouts": ({"trl", "accelerate", "deepspeed", "transformers"}, {"readouts", "activations"}),
+    "circuits": ({"trl", "accelerate", "deepspeed"}, {"circuits", "readouts", "activations", "config", "organisms"}),
     "drift": ({"trl", "accelerate", "deepspeed", "transformers"}, {"drift", "readouts", "activations"}),
     "audit": ({"trl", "accelerate", "deepspeed", "transformers"}, {"audit", "config", "readouts", "activations"}),
     "report": (
         {"trl", "accelerate", "deepspeed", "transformers", "torch"},
-        {"report", "audit", "config", "drift.control_runs"},
+        {"report", "audit", "config", "drift.control_runs", "drift.circuit_verdict"},
     ),
 }
 MAY_IMPORT_SEAM = {"interp_rlhf", "interp_rlhf.cli", "interp_rlhf.demo"}

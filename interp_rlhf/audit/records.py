@@ -20,6 +20,8 @@ EVENT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "note": ("text",),
     "texts": ("texts", "sha256"),
     "snapshot": ("snapshot", "file", "sha256"),
+    "circuit": ("task",),
+    "alarm": ("task", "word", "reason"),
 }
 #: Fields that are text wherever an event has them.
 _TEXT = ("file", "sha256", "hookpoint")

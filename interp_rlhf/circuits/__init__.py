@@ -1,0 +1,1 @@
+"""Circuits: edge attribution, interventions, tasks and matching on the live model."""
