@@ -68,6 +68,7 @@ class Intervention:
     Holds every component's difference between corrupt and current run, ``S·N·d`` numbers, while a run lasts.
 
     Attributes:
+        graph: the model's.
         clean: metric ``[B]`` of the clean run, M(full).
         corrupt: metric ``[B]`` with nothing but corrupted components, M(∅).
     """
@@ -77,6 +78,7 @@ class Intervention:
     ) -> None:
         self._wiring, self._pair, self._reads = wiring, pair, reads
         self._metric = metric
+        self.graph = wiring.graph
         with torch.no_grad():
             self._clean_result = Pass(wiring, pair[0], reads).run()
             self._baseline = ablated(wiring, pair[1], ablation, reads)
