@@ -17,6 +17,7 @@ NullKind = Literal[
     "refit",
     "numeric",
     "random_circuits",
+    "random_directions",
     "none",
 ]
 Tier = Literal["A", "B", "C", "D", "E"]
