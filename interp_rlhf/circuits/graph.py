@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
@@ -124,7 +125,7 @@ class Circuit:
         task: its name, where there is one.
 
     Raises:
-        MeasurementError: scores of another shape or with NaN, or a selection that the graph does not have.
+        MeasurementError: scores of another shape or type or with NaN, or a selection that the graph does not have.
     """
 
     graph: Graph
@@ -138,18 +139,21 @@ class Circuit:
 
     def __post_init__(self) -> None:
         possible = _possible(self.graph)
-        if self.scores.shape != possible.shape or not bool(self.scores.isfinite().all()):
+        scores = self.scores
+        if scores.shape != possible.shape or scores.dtype != torch.float32 or not bool(scores.isfinite().all()):
             raise MeasurementError(
-                f"circuit: scores: expected finite values of shape {list(possible.shape)}, found shape "
-                f"{list(self.scores.shape)} with {int((~self.scores.isfinite()).sum())} that are not finite"
+                f"circuit: scores: expected finite float32 {list(possible.shape)}, found {scores.dtype} "
+                f"{list(scores.shape)} with {int((~scores.isfinite()).sum())} that are not finite"
             )
-        if bool(self.scores[~possible].any()):
+        if bool(scores[~possible].any()):
             raise MeasurementError("circuit: scores: expected 0 for every edge that is not possible, found others")
         selected = self.selected
-        if selected is not None and (selected.shape != possible.shape or bool((selected & ~possible).any())):
+        if selected is None:
+            return
+        if selected.shape != possible.shape or selected.dtype != torch.bool or bool(selected[~possible].any()):
             raise MeasurementError(
-                f"circuit: selected: expected possible edges among {list(possible.shape)}, found impossible ones or "
-                f"shape {list(selected.shape)}"
+                f"circuit: selected: expected possible edges as bool {list(possible.shape)}, found impossible ones or "
+                f"{selected.dtype} {list(selected.shape)}"
             )
 
     @property
@@ -186,23 +190,61 @@ class Circuit:
         Raises:
             MeasurementError: the graph does not have that many edges.
         """
-        _check_count(self.graph, n)
-        key = self.scores.abs() if absolute else -self.scores
-        key = torch.where(_possible(self.graph), key, -torch.inf)
-        selected, open_ = torch.zeros_like(_possible(self.graph)), torch.zeros(len(self.targets), dtype=torch.bool)
-        open_[-1] = True
+        order, width = _ranked(self.graph, self.scores, n, absolute), len(self.targets)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
+        rank, possible = rank.view_as(self.scores), _possible(self.graph)
+        waiting: list[int] = []
+        opened, new = set[int](), {width - 1}
+        taken: list[int] = []
         for _ in range(n):
-            reach = torch.where(open_[None] & ~selected, key, -torch.inf).flatten()
-            place = int(reach.argmax())
-            source, target = divmod(place, len(self.targets))
-            selected[source, target] = True
-            open_[list(_inputs(self.graph, source))] = True
-        return replace(self, selected=selected)
+            for column in new:
+                for place in rank[possible[:, column], column].tolist():
+                    heappush(waiting, place)
+            opened |= new
+            taken.append(heappop(waiting))
+            new = {*_inputs(self.graph, int(order[taken[-1]]) // width)} - opened
+        selected = torch.zeros(len(order), dtype=torch.bool)
+        selected[order[taken]] = True
+        return replace(self, selected=selected.view_as(self.scores))
+
+    def pruned(self) -> Self:
+        """The selection without the edges that lie on no path from ``embed`` to ``logits``.
+
+        None may be left. A key or value edge leads into every query head of its group. Under patching the pruned circuit
+        does what the whole one did: what no input reaches writes its corrupt output, and what leads nowhere is not read.
+        That fails under mean and zero ablation (a component without inputs then writes something else than its
+        ablated value) and behind post-norms (Gemma 2 and 3, OLMo 2), where one head's output scales the others'.
+
+        Raises:
+            MeasurementError: nothing has been selected.
+
+        >>> graph = Graph(n_layers=1, n_heads=1, n_kv_heads=1, parallel=False, architecture="M")
+        >>> scores = torch.zeros(3, 5)
+        >>> scores[0, 4], scores[1, 4], scores[0, 3], scores[2, 4] = 4.0, 3.0, 2.0, 1.0
+        >>> [edge[:2] for edge in Circuit(graph, scores).top(3).pruned().edges()]
+        [('embed', 'logits')]
+        """
+        if self.selected is None:
+            raise MeasurementError("circuit: pruned: expected a selection, found none; call top, greedy or threshold")
+        selected = self.selected
+        reads = [list(_inputs(self.graph, source)) for source in range(len(self.sources))]
+        reached = torch.zeros(len(self.sources), dtype=torch.bool)
+        leads = torch.zeros(len(self.targets), dtype=torch.bool)
+        reached[0], leads[-1] = True, True
+        for source in range(1, len(self.sources)):
+            reached[source] = bool(selected[:, reads[source]][reached].any())
+        for source in reversed(range(len(self.sources))):
+            if bool(selected[source, leads].any()):
+                leads[reads[source]] = True
+        return replace(self, selected=selected & reached[:, None] & leads)
 
     def edges(self) -> list[Edge]:
         """The selected edges, or all possible ones where nothing was selected, by falling ``|score|``."""
         chosen = _possible(self.graph) if self.selected is None else self.selected
-        found = [Edge(self.sources[i], self.targets[j], float(self.scores[i, j])) for i, j in chosen.nonzero().tolist()]
+        sources, targets = self.sources, self.targets
+        places, scores = chosen.nonzero().tolist(), self.scores[chosen].tolist()
+        found = [Edge(sources[i], targets[j], score) for (i, j), score in zip(places, scores, strict=True)]
         return sorted(found, key=lambda edge: -abs(edge.score))
 
     # -- views -----------------------------------------------------------------------------------------------------
@@ -225,12 +267,17 @@ class Circuit:
         """One row per possible edge: ``source``, ``target``, ``score``, ``selected``."""
         import pandas as pd
 
-        selected = torch.zeros_like(_possible(self.graph)) if self.selected is None else self.selected
-        rows = [
-            (self.sources[i], self.targets[j], float(self.scores[i, j]), bool(selected[i, j]))
-            for i, j in _possible(self.graph).nonzero().tolist()
-        ]
-        return pd.DataFrame(rows, columns=["source", "target", "score", "selected"])
+        possible = _possible(self.graph)
+        selected = torch.zeros_like(possible) if self.selected is None else self.selected
+        rows, columns = possible.nonzero(as_tuple=True)
+        return pd.DataFrame(
+            {
+                "source": [self.sources[i] for i in rows.tolist()],
+                "target": [self.targets[j] for j in columns.tolist()],
+                "score": self.scores[possible].double().numpy(),
+                "selected": selected[possible].numpy(),
+            }
+        )
 
     def per_query_head(self) -> Self:
         """The same circuit on a graph with one key and one value per query head, as tools that ungroup attention do.
@@ -283,11 +330,8 @@ def strongest(graph: Graph, scores: Tensor, n: int, *, absolute: bool = True) ->
     Raises:
         MeasurementError: the graph does not have that many edges.
     """
-    _check_count(graph, n)
-    key = scores.abs() if absolute else -scores
-    order = torch.where(_possible(graph), key, -torch.inf).flatten().argsort(descending=True, stable=True)
     selected = torch.zeros(scores.numel(), dtype=torch.bool)
-    selected[order[:n]] = True
+    selected[_ranked(graph, scores, n, absolute)[:n]] = True
     return selected.view_as(scores)
 
 
@@ -333,9 +377,12 @@ def _inputs(graph: Graph, source: int) -> Iterator[int]:
     yield start + graph.n_heads + graph.n_kv_heads + group
 
 
-def _check_count(graph: Graph, n: int) -> None:
+def _ranked(graph: Graph, scores: Tensor, n: int, absolute: bool) -> Tensor:
+    """Places in ``scores`` from the strongest edge to the weakest, of equal ones the earlier first: ``[S * T]``."""
     if not 1 <= n <= graph.size:
         raise MeasurementError(f"circuit: expected 1 to {graph.size} edges, found {n}")
+    key = scores.abs() if absolute else -scores
+    return torch.where(_possible(graph), key, -torch.inf).flatten().argsort(descending=True, stable=True)
 
 
 def _sizes(graph: Graph) -> str:
