@@ -211,10 +211,10 @@ class Circuit:
     def pruned(self) -> Self:
         """The selection without the edges that lie on no path from ``embed`` to ``logits``.
 
-        None may be left. A key or value edge leads into every query head of its group. Under patching the pruned circuit
-        does what the whole one did: what no input reaches writes its corrupt output, and what leads nowhere is not read.
-        That fails under mean and zero ablation (a component without inputs then writes something else than its
-        ablated value) and behind post-norms (Gemma 2 and 3, OLMo 2), where one head's output scales the others'.
+        None may be left. A key or value edge leads into every query head of its group. Under patching the pruned
+        circuit does what the whole one did: what no input reaches writes its corrupt output, and what leads nowhere is
+        not read. That fails under mean and zero ablation (a component without inputs then writes something else than
+        its ablated value) and behind post-norms (Gemma 2 and 3, OLMo 2), where one head's output scales the others'.
 
         Raises:
             MeasurementError: nothing has been selected.
