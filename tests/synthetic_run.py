@@ -212,6 +212,100 @@ def _rollout_rows(at: tuple[str, str, int], value: float, *, reference: bool) ->
     return parts + (kept if reference else [])
 
 
+def circuit_rows(task: str, step: int, **values: float | None) -> list[Measurement]:
+    """The ``circuit/*`` rows of one task at one step; ``None`` leaves a metric out."""
+    usual = {"metric": 2.0, "metric_corrupt": -1.0, "effect_ratio": 1.0, "structure_change": 0.3 * (step > 0)}
+    usual |= dict.fromkeys(("faithfulness_index", "faithfulness_matched", "faithfulness_own"), 0.9)
+    usual |= {"faithfulness_control": 0.1, "seconds": 2.5}
+    rows = []
+    for name, value in (usual | values).items():
+        if value is not None:
+            bounds = {} if name == "seconds" else {"ci_low": value - 0.06, "ci_high": value + 0.05}
+            if name.startswith("faithfulness"):
+                bounds |= {"null_kind": "random_circuits", "null_low": -0.05, "null_high": 0.12, "p": 0.05}
+            kind = {"source": "named", "scope": "all", "tier": "B" if "faith" in name else "A", "n": 24}
+            rows.append(row(f"circuit/{name}", task, "", step, value, **(bounds | kind)))
+    return rows
+
+
+def circuit_event(
+    task: str,
+    step: int,
+    *,
+    layers: int = 5,
+    heads: int = 8,
+    kv_heads: int = 8,
+    n: int = 150,
+    seed: int = 0,
+    **more: Any,
+) -> dict[str, Any]:
+    """A ``circuit`` event with ``n`` random edges of a model of this size; equal seeds share most of their edges."""
+    rng = random.Random(seed)
+    sources = ["embed", *(f"a{i}.h{h}" for i in range(layers) for h in range(heads)), *(f"m{i}" for i in range(layers))]
+    depth = {"embed": -1.0} | {f"m{i}": i + 0.5 for i in range(layers)}
+    depth |= {f"a{i}.h{h}": float(i) for i in range(layers) for h in range(heads)}
+    targets = {f"a{i}.h{h}.q": float(i) for i in range(layers) for h in range(heads)}
+    targets |= {f"a{i}.h{h}.{x}": float(i) for i in range(layers) for h in range(kv_heads) for x in "kv"}
+    targets |= {f"m{i}": i + 0.5 for i in range(layers)} | {"logits": float(layers)}
+    possible = [(u, v) for u in sources for v, reads in targets.items() if depth[u] < reads]
+    chosen = {edge: rng.choice((-1, 1, 1)) * rng.paretovariate(1.5) / 10 for edge in rng.sample(possible, n)}
+    moved = random.Random(f"{seed} {step}")
+    for edge in moved.sample(sorted(chosen), n // 3 if step else 0):
+        chosen.pop(edge)
+        chosen[next(e for e in iter(lambda: moved.choice(possible), None) if e not in chosen)] = moved.uniform(
+            -0.5, 0.5
+        )
+    edges = [[u, v, score * (1 + 0.2 * (step > 0))] for (u, v), score in chosen.items()]
+    return {
+        "event": "circuit", "task": task, "step": step, "architecture": "LlamaForCausalLM", "layers": layers,
+        "heads": heads, "kv_heads": kv_heads, "parallel": False, "size": n, "possible": len(possible), "dropped": 0,
+        "edges": sorted(edges, key=lambda e: -abs(e[2])),
+    } | more  # fmt: skip
+
+
+def components_event(readout: str, hookpoint: str, step: int, total: float = 0.8, n: int = 14) -> dict[str, Any]:
+    """A ``components`` event: heads and MLPs, each bringing less than the one before, the embedding not split."""
+    parts: list[list[Any]] = []
+    for i in range(n):
+        change = total * 0.5 * (-0.75) ** i
+        split = [None, None] if i == 3 else [0.7 * change, 0.3 * change] if i % 2 else [1.3 * change, -0.3 * change]
+        name = "embed" if i == 3 else f"m{i}" if i % 2 else f"a{i}.h{i}"
+        parts.append([name, change, change - 0.04, change + 0.05, *split])
+    rest = total - sum(part[1] for part in parts)
+    return {"event": "components", "step": step, "readout": readout, "hookpoint": hookpoint, "total": total,
+            "parts": parts, "rest": rest}  # fmt: skip
+
+
+#: Faithfulness and effect at the end that lead to each verdict.
+ENDINGS: Mapping[str, Mapping[str, float | None]] = {
+    "same": {},
+    "relocated": {"faithfulness_index": 0.3},
+    "different": {"faithfulness_index": 0.3, "faithfulness_matched": 0.35},
+    "diffuse": {"faithfulness_index": 0.3, "faithfulness_matched": 0.35, "faithfulness_own": 0.4},
+    "lost": {"effect_ratio": 0.05} | dict.fromkeys(
+        ("faithfulness_index", "faithfulness_matched", "faithfulness_own", "faithfulness_control")
+    ),
+    "undetermined": {"faithfulness_index": 0.3, "faithfulness_matched": None},
+}  # fmt: skip
+
+
+def with_circuits(run: SyntheticRun, tasks: Mapping[str, str], steps: Sequence[int] = (0, 10, 20, 40)) -> SyntheticRun:
+    """``run`` with the rows and events of tasks whose mechanism ends as told (:data:`ENDINGS`)."""
+    rows, last = [], max(steps)
+    for seed, (task, word) in enumerate(tasks.items()):
+        for step in steps:
+            end = {name: value for name, value in ENDINGS[word].items() if step == last or (value is not None and step)}
+            part = step / last
+            usual = {"effect_ratio": 1.0} | dict.fromkeys(ENDINGS["diffuse"], 0.9)
+            between = {k: v if v is None else usual[k] + part * (v - usual[k]) for k, v in end.items()}
+            rows += circuit_rows(task, step, **between)
+            run.events.append(circuit_event(task, step, seed=seed))
+        if word in ("different", "diffuse", "lost"):
+            run.events.append({"event": "alarm", "step": last, "task": task, "word": word, "reason": f"{word} now."})
+    run.rows, run.superseded = [*run.rows, *rows], [*run.superseded, *[False] * len(rows)]
+    return run
+
+
 def control_rows(
     run: SyntheticRun, *, scale: float = 0.2, seed: int = 0, metrics: Sequence[str] = ("concept/drift",)
 ) -> list[Measurement]:

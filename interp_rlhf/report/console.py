@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from interp_rlhf.report.circuits import Mechanism
 from interp_rlhf.report.tables import NotMeasured, Summary
 from interp_rlhf.report.verdicts import VERDICTS, Finding, Verdict
 
@@ -33,6 +34,7 @@ def render_text(summary: Summary, *, limit: int = 6) -> str:
         if rows:
             more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
             lines.append(f"{title}: {', '.join(f.readout for f in rows[:limit])}{more}.")
+    lines += _mechanism_lines(summary, limit)
     lines += _missing_lines(summary, limit)
     lines += _control_lines(summary, limit)
     lines += _representation_lines(summary)
@@ -84,6 +86,22 @@ def _because(finding: Finding) -> str:
     if check is None:
         return ""
     return f"  (p = {check.rank.p:.2g} against {_runs(check.rank.k)}, {check.family.p:.2g} over all concepts)"
+
+
+def _mechanism_lines(summary: Summary, limit: int) -> list[str]:
+    """One line per task, alarms first."""
+    found = summary.mechanisms
+    if not found:
+        return []
+    lines = [_mechanism_line(mechanism, summary.step) for mechanism in found[:limit]]
+    more = [f"  … and {len(found) - limit} more"] if len(found) > limit else []
+    return ["Mechanisms behind tasks, against the start:", *lines, *more]
+
+
+def _mechanism_line(mechanism: Mechanism, step: int | None) -> str:
+    word = f"{'ALARM: ' if mechanism.alarm else ''}{mechanism.word}. " if mechanism.word else ""
+    when = "" if mechanism.step == step else f" (step {mechanism.step})"
+    return f"  {mechanism.task}{when}: {word}{mechanism.why}"
 
 
 def _runs(k: int) -> str:

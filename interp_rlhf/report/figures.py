@@ -71,7 +71,7 @@ def drift_panels(
             figure.add_traces([behind[name, hookpoint] | {"meta": place, "visible": place == 0}
                                for place, name in enumerate(concepts) if (name, hookpoint) in behind])  # fmt: skip
             shown = _add_concepts(figure, here, concepts, index)
-            _mark_resumes(figure, table)
+            mark_resumes(figure, table)
             for level in (-tolerance, tolerance):
                 figure.add_hline(level, line={"color": INK, "width": 1, "dash": "dot"}, opacity=0.5)
             panels.append(Panel(hookpoint, figure, shown))
@@ -89,7 +89,7 @@ def behaviour_panels(table: pd.DataFrame, concepts: Sequence[str]) -> list[Panel
         if len(rows):
             figure = new_figure(axis, height=250)
             shown = _add_concepts(figure, rows, concepts, len(COLOURS) - 1)
-            _mark_resumes(figure, table)
+            mark_resumes(figure, table)
             panels.append(Panel(title, figure, shown))
     return panels
 
@@ -105,8 +105,8 @@ def representation_panels(table: pd.DataFrame) -> list[Panel]:
         for index, hookpoint in enumerate(hookpoints_of(table)):
             here = rows[rows["hookpoint"] == hookpoint].sort_values("step")
             if len(here):
-                figure.add_trace(_line(here, _style(index), name=label(hookpoint)))
-        _mark_resumes(figure, table)
+                figure.add_trace(line_trace(here, line_style(index), name=label(hookpoint)))
+        mark_resumes(figure, table)
         figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.3, "x": 0, "font": {"size": 11}})
         panels.append(Panel(metric, figure))
     return panels
@@ -118,8 +118,8 @@ def cost_panel(table: pd.DataFrame) -> Panel | None:
     if not len(rows):
         return None
     figure = new_figure("time spent measuring (%)", height=220)
-    figure.add_trace(_line(rows.assign(value=100 * rows["value"]), _style(0), name="cost"))
-    _mark_resumes(figure, table)
+    figure.add_trace(line_trace(rows.assign(value=100 * rows["value"]), line_style(0), name="cost"))
+    mark_resumes(figure, table)
     figure.update_yaxes(rangemode="tozero")
     return Panel("Cost", figure)
 
@@ -225,14 +225,16 @@ def new_figure(y_title: str, *, height: int) -> go.Figure:
     )  # fmt: skip
 
 
-def _style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, dash and marker of the line at this place; the same in all figures."""
     return {
         "line": {"color": COLOURS[index % len(COLOURS)], "width": 2, "dash": DASHES[index % len(DASHES)]},
         "marker": {"symbol": MARKERS[index % len(MARKERS)], "size": 6, "color": COLOURS[index % len(COLOURS)]},
     }
 
 
-def _line(rows: pd.DataFrame, style: dict[str, Any], **more: Any) -> dict[str, Any]:
+def line_trace(rows: pd.DataFrame, style: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The rows' values against their steps."""
     mode = "lines+markers" if len(rows) <= 60 else "lines"
     return {"type": "scatter", "mode": mode, "x": _steps(rows), "y": _floats(rows["value"]), **style, **more}
 
@@ -256,12 +258,12 @@ def _add_concepts(figure: go.Figure, rows: pd.DataFrame, concepts: Sequence[str]
         bounded = here[here["ci_low"].notna() & here["ci_high"].notna()]
         marked = {"meta": index, "visible": index == 0}
         if len(banded):
-            traces.append(_ribbon(banded, "null_low", "null_high", BAND, "#8a919c") | marked)
+            traces.append(ribbon(banded, "null_low", "null_high", BAND, "#8a919c") | marked)
         if len(bounded):
             colour = _transparent(COLOURS[style % len(COLOURS)])
-            traces.append(_ribbon(bounded, "ci_low", "ci_high", colour, colour) | marked)
-        traces.append(_line(here, _style(style), hovertemplate="step %{x}: %{y:.3f}%{customdata}<extra></extra>",
-                            customdata=_hover(here)) | marked)  # fmt: skip
+            traces.append(ribbon(bounded, "ci_low", "ci_high", colour, colour) | marked)
+        hover = {"hovertemplate": "step %{x}: %{y:.3f}%{customdata}<extra></extra>", "customdata": bounds(here)}
+        traces.append(line_trace(here, line_style(style), **hover) | marked)
     figure.add_traces(traces)
     return tuple(shown)
 
@@ -288,7 +290,8 @@ def _control_lines(controls: Sequence[pd.DataFrame]) -> dict[tuple[str, str], di
     }  # fmt: skip
 
 
-def _ribbon(rows: pd.DataFrame, low: str, high: str, fill: str, edge: str) -> dict[str, Any]:
+def ribbon(rows: pd.DataFrame, low: str, high: str, fill: str, edge: str) -> dict[str, Any]:
+    """The area between two columns against the rows' steps."""
     import numpy as np
 
     steps, lows, highs = _steps(rows), _floats(rows[low]), _floats(rows[high])
@@ -299,7 +302,8 @@ def _ribbon(rows: pd.DataFrame, low: str, high: str, fill: str, edge: str) -> di
     return trace | {"fill": "toself", "fillcolor": fill, "line": {"color": edge, "width": 0.6, "dash": "dot"}}
 
 
-def _hover(rows: pd.DataFrame) -> list[str]:
+def bounds(rows: pd.DataFrame) -> list[str]:
+    """Each row's interval as its hover text ends, empty where it has none."""
     return [
         "" if low != low or high != high else f" [{low:.3f}, {high:.3f}]"
         for low, high in zip(rows["ci_low"].astype(float), rows["ci_high"].astype(float), strict=True)
@@ -335,7 +339,8 @@ def name_axis(figure: go.Figure, names: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def _mark_resumes(figure: go.Figure, table: pd.DataFrame) -> None:
+def mark_resumes(figure: go.Figure, table: pd.DataFrame) -> None:
+    """A dashed vertical line where each segment ended."""
     last = table.groupby("segment")["step"].max().sort_index()
     for before, _ in pairwise(last.index):
         figure.add_vline(

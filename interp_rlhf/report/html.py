@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from interp_rlhf.audit.texts import read_texts
 from interp_rlhf.errors import FormatError, InterpError
-from interp_rlhf.report import figures, panels
+from interp_rlhf.report import circuit_figures, figures, panels
+from interp_rlhf.report.circuit_drawing import Drawing, draw_circuits
+from interp_rlhf.report.circuits import WORDS, Alarm, DrawnCircuit, Mechanism, circuit_events
 from interp_rlhf.report.controls import find_controls
 from interp_rlhf.report.grids import PROBES, QUADRANT, READINGS, SHIFT, Grid, grid
 from interp_rlhf.report.rows import current, latest, measurements
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from interp_rlhf.audit.store import Run
 
 
+#: Attributions of a drift to components that are drawn, the largest drifts first.
+MOST_ATTRIBUTIONS = 12
 #: Words in the name of something not measured that has to do with sampled completions.
 _SAMPLED = ("shift", "rollout", "completion")
 
@@ -40,6 +44,18 @@ class Chart:
     min_width: int
     json: str
     per_concept: bool
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """One task as the template needs it; ``None`` where the run has none."""
+
+    task: str
+    mechanism: Mechanism | None
+    alarms: tuple[Alarm, ...]
+    newest: DrawnCircuit | None
+    drawing: Drawing | None
+    chart: Chart | None
 
 
 def write_report(run: Run, path: str | Path, *, texts: bool = False) -> Path:
@@ -85,6 +101,7 @@ def render_report(run: Run, *, texts: bool = False) -> str:
     grids = _grids(timeline, concepts, summary)
     behind = [control.table for control in controls.used] if summary.controls.k else []
     context = _figures(table, concepts, summary, grids, behind) | grids | _provenance(run)
+    context |= _circuits(table, run, summary.mechanisms)
     verdicts = [finding.verdict for finding in summary.findings]
     return template.render(
         summary=summary, concepts=concepts, caveat=summary.controls.caveat, texts=_texts(run) if texts else None,
@@ -175,6 +192,30 @@ def _figures(
         "groups": {name: [_chart(f"{name}-{i}", p) for i, p in enumerate(group)] for name, group in groups.items()},
         "ranges": _script_json(json.dumps([[round(low, 6), round(high, 6)] for low, high in ranges])),
     }
+
+
+def _circuits(table: pd.DataFrame, run: Run, mechanisms: Sequence[Mechanism]) -> dict[str, Any]:
+    """What the section on mechanisms shows, and what of it could not be drawn."""
+    found = circuit_events(run.events)
+    problems, views = list(found.problems), []
+    judged = {mechanism.task: mechanism for mechanism in mechanisms}
+    for place, task in enumerate(dict.fromkeys((*judged, *found.circuits))):
+        circuits, drawing = found.circuits.get(task, ()), None
+        try:
+            drawing = draw_circuits(circuits) if circuits else None
+        except FormatError as error:
+            problems.append(str(error))
+        panel = circuit_figures.faithfulness_panel(table, judged[task]) if task in judged else None
+        chart = _chart(f"faithfulness-{place}", panel) if panel else None
+        alarms = tuple(alarm for alarm in found.alarms if alarm.task == task)
+        views.append(TaskView(task, judged.get(task), alarms, circuits[-1] if circuits else None, drawing, chart))
+    drawn = found.attributions[:MOST_ATTRIBUTIONS]
+    parts = [_chart(f"components-{i}", circuit_figures.attribution_panel(a)) for i, a in enumerate(drawn)]
+    return {
+        "tasks": views, "mechanism_words": WORDS, "alarms": found.alarms, "attributions": parts,
+        "circuit_problems": problems,
+        "undrawn": [f"{a.readout} at {a.hookpoint}" for a in found.attributions[len(drawn):]],
+    }  # fmt: skip
 
 
 def _chart(name: str, panel: figures.Panel) -> Chart:

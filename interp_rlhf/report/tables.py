@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from interp_rlhf.audit.timeline import live_events
 from interp_rlhf.drift.control_runs import runs_needed
 from interp_rlhf.measurement import Measurement
+from interp_rlhf.report.circuits import Mechanism, mechanisms_of
 from interp_rlhf.report.controls import Controls
 from interp_rlhf.report.rows import COST, DRIFT, REPRESENTATION, current, measurements, natural
 from interp_rlhf.report.verdicts import Finding, judge
@@ -115,6 +116,7 @@ class Summary:
         representation: one line per hookpoint.
         cost: the last cost row, ``None`` where cost was not recorded.
         controls: the control runs that it was compared with.
+        mechanisms: one per task with circuits, alarms first.
     """
 
     step: int | None
@@ -129,6 +131,7 @@ class Summary:
     representation: tuple[RepresentationLine, ...]
     cost: Measurement | None
     controls: ControlSummary
+    mechanisms: tuple[Mechanism, ...]
 
     def __str__(self) -> str:
         """The console summary, see :func:`interp_rlhf.report.console.render_text`."""
@@ -186,12 +189,13 @@ def summarise(
         confidence=confidence,
         moved=moved,
         not_detected=not_detected,
-        not_measured=tuple(missing + _from_events(live_events(events))),
+        not_measured=tuple(missing + _from_events(events)),
         moved_without_behaviour=tuple(f for f in moved if f.behaviour_changed is False),
         behaviour_without_moved=tuple(f for f in not_detected if f.behaviour_changed is True),
         representation=_representation(last),
         cost=max(costs, key=lambda r: r.step) if costs else None,
         controls=_control_summary(controls, confidence),
+        mechanisms=mechanisms_of(table),
     )
 
 
@@ -243,7 +247,7 @@ def _no_longer_read(table: pd.DataFrame, have: set[str], step: int | None) -> li
 
 def _from_events(events: Sequence[Mapping[str, Any]]) -> list[NotMeasured]:
     found: list[NotMeasured] = []
-    for event in events:
+    for event in live_events([e for e in events if e["event"] in ("segment", "refused", "failure")]):
         if event["event"] == "refused":
             found.append(NotMeasured(event["readout"], event.get("hookpoint") or "", None, event["reason"]))
         elif event["event"] == "failure":
