@@ -19,8 +19,8 @@ from interp_rlhf.circuits.passes import GradientPass, Gradients, Sources
 from interp_rlhf.circuits.wiring import Block, Wiring
 from interp_rlhf.errors import MeasurementError
 
-#: Tokens of a chunk above which larger ones gain nothing.
-_ENOUGH = 512
+#: Tokens of a chunk: on a CPU as many as leave it in the cache, elsewhere as many as fill the device.
+_CPU_TOKENS, _DEVICE_TOKENS = 64, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def chunk_size(wiring: Wiring, weights: Weights, memory: int) -> int:
     if fits < 1:
         needed = (weights.bytes + 4 * rows * width) / 2**20
         raise MeasurementError(f"memory: expected at least {needed:.1f} MiB for this model, found {memory / 2**20:.1f}")
-    return min(_ENOUGH, fits)
+    return min(_CPU_TOKENS if wiring.engine.device.type == "cpu" else _DEVICE_TOKENS, fits)
 
 
 def _add_chunk(
