@@ -390,7 +390,17 @@ def put(*where: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (put("edges", 0, to=["m1", "a0.h0.q", 0.5, False]), "not possible"),
         (put("edges", 0, to="embed"), "edges: expected lists"),
         (put("edges", to={}), "expected a circuit with a list of edges"),
-        (lambda content: content["edges"].pop(), rf"expected the {GROUPED.size} possible ones"),
+        (lambda content: content["edges"].pop(), "edges: expected the possible ones"),
+        (put("version", to=True), "version: expected 1, found True"),
+        (put("graph", "n_layers", to=4096), "edges: expected the possible ones"),
+        (put("graph", "architecture", to=5), "architecture: expected a name"),
+        (put("edges", 0, 0, to=["embed"]), "expected nodes"),
+        (put("edges", 0, to=["embed", "a0.h1.q", 0.5, False]), "every edge once"),
+        (put("edges", 0, to=["m1", "a0.h0.q", 0.0, False]), "not possible"),
+        (put("edges", 0, 2, to=1e300), "expected a finite score"),
+        (put("edges", 0, 2, to=10**400), "expected a finite score"),
+        (put("edges", 0, 2, to=True), "expected a finite score"),
+        (put("has_selection", to=False), "has_selection: expected true"),
         (put("n", to="many"), "n: not found or of another type"),
         (lambda content: content.pop("task"), "task: not found or of another type"),
         (put("has_selection", to=None), "has_selection: not found"),
@@ -411,6 +421,7 @@ def test_a_json_file_with_another_content_is_refused(change: Callable[..., Any],
         ("c.json", b"", "not valid JSON"),
         ("c.json", b"\xff\xfe", "not valid JSON"),
         ("c.json", b"[]", "expected a circuit"),
+        ("c.json", b"[" * 100_000, "not valid JSON"),
         ("c.json", None, "cannot be read"),
         ("c.parquet", b"PAR1", "not a circuit in Parquet"),
         ("c.parquet", None, "not a circuit in Parquet"),
@@ -432,12 +443,13 @@ def test_a_parquet_file_of_something_else_is_refused(tmp_path: Path):
     table = pq.read_table(path)
     for other in (
         table.replace_schema_metadata(None),
+        table.replace_schema_metadata({b"interp_rlhf.circuit": b"\xff"}),
         table.drop_columns(["score"]),
         table.set_column(2, "score", pa.nulls(len(table))),
         table.slice(1),
     ):
         pq.write_table(other, path)
-        refused(path, "expected")
+        refused(path, "expected|not a circuit")
 
 
 def refused(path: Path, words: str) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from interp_rlhf.circuits.graph import Circuit, Graph
-from interp_rlhf.errors import FormatError, MeasurementError
+from interp_rlhf.errors import FormatError
 
 VERSION = 1
 _COLUMNS = ("source", "target", "score", "selected")
 _KEY = b"interp_rlhf.circuit"
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def save_circuit(circuit: Circuit, path: str | Path) -> None:
@@ -54,35 +55,52 @@ def load_circuit(path: str | Path) -> Circuit:
     """
     path = Path(path)
     header, edges = _read_json(path) if path.suffix == ".json" else _read_parquet(path)
-    if header.get("version") != VERSION:
+    if type(header.get("version")) is not int or header["version"] != VERSION:
         raise FormatError(f"{path}: version: expected {VERSION}, found {header.get('version')!r}")
     graph = _graph(path, header.get("graph"))
-    rows, columns = ({name: i for i, name in enumerate(names)} for names in (graph.sources, graph.targets))
-    scores, selected, seen = torch.zeros(graph.possible.shape), torch.zeros_like(graph.possible), 0
-    for edge in edges:
-        if len(edge) != len(_COLUMNS):
-            raise FormatError(f"{path}: edges: expected {', '.join(_COLUMNS)}, found {edge!r:.80}")
-        source, target, score, chosen = edge
-        if source not in rows or target not in columns:
-            raise FormatError(f"{path}: edges: {source!r} → {target!r}: expected nodes of the graph in its header")
-        if not isinstance(score, int | float) or not math.isfinite(score) or not isinstance(chosen, bool):
-            raise FormatError(
-                f"{path}: edges: {source} → {target}: expected a finite score and true or false, found {score!r} and "
-                f"{chosen!r}"
-            )
-        scores[rows[source], columns[target]], selected[rows[source], columns[target]] = score, chosen
-        seen += 1
-    if seen != graph.size:
-        raise FormatError(f"{path}: edges: expected the {graph.size} possible ones, found {seen}")
+    nodes = graph.n_layers * (graph.n_heads + 2 * graph.n_kv_heads)  # each has at least one edge
+    if nodes > len(edges) or graph.size != len(edges):
+        raise FormatError(
+            f"{path}: edges: expected the possible ones of the graph in its header, found {len(edges)} edges"
+        )
+    possible = graph.possible
+    scores, selected = _values(path, graph, edges)
     settings: dict[str, Any] = {name: header.get(name) for name in ("method", "steps", "ablation", "n", "task")}
     wrong = next((name for name, value in settings.items() if type(value) is not type(getattr(_EMPTY, name))), None)
     if wrong is not None or not isinstance(header.get("has_selection"), bool):
         raise FormatError(f"{path}: {wrong or 'has_selection'}: not found or of another type")
-    chosen = selected if header["has_selection"] else None
-    try:
-        return Circuit(graph=graph, scores=scores, selected=chosen, **settings)
-    except MeasurementError as error:
-        raise FormatError(f"{path}: {error}") from None
+    if selected.any() and not header["has_selection"]:
+        raise FormatError(f"{path}: has_selection: expected true where edges are selected, found false")
+    placed = torch.zeros(possible.shape)
+    placed[possible] = scores
+    chosen = torch.zeros_like(possible)
+    chosen[possible] = selected
+    return Circuit(graph=graph, scores=placed, selected=chosen if header["has_selection"] else None, **settings)
+
+
+def _values(path: Path, graph: Graph, edges: list[Any]) -> tuple[Tensor, Tensor]:
+    """Scores and selection ``[graph.size]`` of the possible edges, each of which is expected once."""
+    sources, targets = graph.sources, graph.targets
+    places = {(sources[i], targets[j]): place for place, (i, j) in enumerate(graph.possible.nonzero().tolist())}
+    scores, selected = [0.0] * len(places), [False] * len(places)
+    for edge in edges:
+        if len(edge) != len(_COLUMNS):
+            raise FormatError(f"{path}: edges: expected {', '.join(_COLUMNS)}, found {edge!r:.80}")
+        source, target, score, chosen = edge
+        place = places.pop((source, target), None) if isinstance(source, str) and isinstance(target, str) else None
+        if place is None:
+            raise FormatError(
+                f"{path}: edges: {source!r:.40} → {target!r:.40}: expected nodes of the graph in its header and every "
+                f"edge once, found a second or one that is not possible"
+            )
+        finite = type(score) in (int, float) and abs(score) <= _LARGEST
+        if not finite or not isinstance(chosen, bool):
+            raise FormatError(
+                f"{path}: edges: {source} → {target}: expected a finite score and true or false, found {score!r:.40} "
+                f"and {chosen!r:.40}"
+            )
+        scores[place], selected[place] = score, chosen
+    return torch.tensor(scores, dtype=torch.float32), torch.tensor(selected)
 
 
 def _header(circuit: Circuit) -> dict[str, Any]:
@@ -107,7 +125,9 @@ def _graph(path: Path, found: Any) -> Graph:
             raise FormatError(f"{path}: graph: {name}: expected a number from 1 to 4096, found {found[name]!r}")
     if found["n_heads"] % found["n_kv_heads"] or type(found["parallel"]) is not bool:
         raise FormatError(f"{path}: graph: expected n_heads a multiple of n_kv_heads and parallel true or false")
-    known: dict[str, Any] = {**found, "architecture": str(found["architecture"])}
+    if not isinstance(found["architecture"], str):
+        raise FormatError(f"{path}: graph: architecture: expected a name, found {found['architecture']!r:.40}")
+    known: dict[str, Any] = dict(found)
     return Graph(**known)
 
 
@@ -116,7 +136,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("edges"), list):
         raise FormatError(f"{path}: expected a circuit with a list of edges, found something else")
@@ -135,7 +155,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, Any], list[Any]]:
     try:
         table = pq.read_table(path)
         header = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
-    except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise FormatError(f"{path}: not a circuit in Parquet ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(header, dict) or tuple(table.column_names) != _COLUMNS:
         raise FormatError(f"{path}: expected a circuit with columns {', '.join(_COLUMNS)}, found something else")
