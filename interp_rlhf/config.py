@@ -217,6 +217,8 @@ class InterpConfig:
         hookpoints: where to read; ``layers.50%.resid_post`` is a fractional depth.
         layers: path of the decoder layers inside the model, for architectures that are not recognised.
         representation: log representation metrics (CKA, cosine, norm ratio, effective rank).
+        components: split each concept's drift among heads and MLPs: ``auto`` at saves and at the end of training, true
+            with every measurement; on an architecture that is not supported neither, with the reason.
         reference: how readings of the frozen start are had: ``auto`` caches them at step 0.
         headline: at most this many scalars go to the trainer's log per measurement.
         on_error: a failed measurement warns, or raises and ends the run.
@@ -236,6 +238,7 @@ class InterpConfig:
     )
     layers: str | None = None
     representation: bool = True
+    components: Literal["auto"] | bool = "auto"
     reference: Literal["auto", "cached", "adapter", "ref_model", "copy"] = "auto"
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     concepts: ConceptsConfig = field(default_factory=ConceptsConfig)

@@ -33,20 +33,13 @@ from interp_rlhf.baseline import (
     reading_tensors,
     stored_readings,
 )
+from interp_rlhf.component_drift import ComponentStart, component_tensors, record_components, start_components
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, barrier, run_on_main
-from interp_rlhf.drift.circuit_verdict import circuit_evidence, circuit_verdict
-from interp_rlhf.errors import FormatError, MeasurementError
+from interp_rlhf.errors import FormatError, HookpointError, MeasurementError
+from interp_rlhf.live_circuits import LiveCircuits
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
-from interp_rlhf.mechanism_rows import (
-    drawn_circuit,
-    mechanism_estimates,
-    mechanism_rows,
-    mechanism_tensors,
-    stored_mechanism,
-)
-from interp_rlhf.mechanisms import MechanismReading, MechanismStart, Reader, read_mechanism, start_mechanism
 from interp_rlhf.plan import Plan, Refusal, TextTable
 from interp_rlhf.reading import Reading, read_table
 from interp_rlhf.rollout_labels import Labeller, label_completions
@@ -88,15 +81,18 @@ class Session:
     start_means: Mapping[str, Tensor] = field(default_factory=dict)
     reading: Reading | None = None
     rollouts: RolloutStart | None = None
-    mechanisms: tuple[MechanismStart, ...] = ()
-    traced: tuple[MechanismReading, ...] = ()
-    traced_step: int = -1
+    circuits: LiveCircuits = field(init=False)
+    components: ComponentStart | None = None  # the main process's
+    split_step: int = -1
     rows: tuple[Measurement, ...] = ()
     tried_step: int = -1  # a failed measurement is tried again when the next one is due, not at every log
     measured_step: int = -1
     saved_step: int = -1
     began: float = field(default_factory=time.monotonic)
     spent: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.circuits = LiveCircuits(self.model, self.config, self.plan, self.world, self.store, self.attempt)
 
     @property
     def baseline(self) -> Baseline:
@@ -123,7 +119,9 @@ class Session:
         if self.samples:
             self.attempt(step, "what the start writes", lambda: self._start_rollouts(resumed=stored is not None))
         if self.plan.tasks:
-            self.attempt(step, "circuits of the start", lambda: self._start_circuits(step, resumed=stored is not None))
+            self.attempt(step, "circuits of the start", lambda: self.circuits.start(step, resumed=stored is not None))
+        if self.config.components is not False:
+            self.attempt(step, "components of the start", lambda: self._start_components(resumed=stored is not None))
         if not stored:
             run_on_main(lambda: self._record_start(step, table, first, again, began), self.world)
         self.tried_step = self.measured_step = self.saved_step = step
@@ -149,8 +147,8 @@ class Session:
         return [concept.name for concept in fitted.concepts]
 
     def _record_start(self, step: int, table: TextTable, first: Reading, again: Reading, began: float) -> None:
-        rows = start_rows(self.baseline, self.config, self.segment, step)
-        self._record(step, rows, first.tokens + again.tokens, began)
+        self.rows = tuple(start_rows(self.baseline, self.config, self.segment, step))
+        self.store.append(self.rows)
         decode = getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "decode", None)
         if decode is not None:
             self.store.texts("texts", ({"id": p.id, "text": decode(list(p.input_ids))} for p in table.prompts))
@@ -162,9 +160,12 @@ class Session:
             cost = rollout_cost_rows(self.rollouts, self.baseline, self.segment, step)
             self.store.append(cost)
             self.rows = (*self.rows, *cost)
-        for start in self.mechanisms:
-            tensors |= mechanism_tensors(start)
-            self._record_mechanism(step, start, start.reading)
+        tensors |= self.circuits.start_tensors()
+        self.rows = (*self.rows, *self.circuits.record_start(self.segment, step))
+        if self.components is not None:
+            tensors |= component_tensors(self.components)
+        self.spent += (seconds := time.monotonic() - began)
+        self.rows = (*self.rows, *self._record_cost(step, seconds, first.tokens + again.tokens))
         self._snapshot(step, tensors, start=True)
 
     def _start_rollouts(self, *, resumed: bool) -> None:
@@ -189,8 +190,8 @@ class Session:
 
     # -- one measurement -------------------------------------------------------------------------------------------
 
-    def measure(self, step: int) -> None:
-        """Read the weights of ``step`` and record every metric of them."""
+    def measure(self, step: int, *, last: bool = False) -> None:
+        """Read the weights of ``step`` and record every metric of them; of the ``last`` step circuits always too."""
         began = time.monotonic()
         self.tried_step = step
         if self.table is None:
@@ -202,17 +203,21 @@ class Session:
                 start = self._read(self.table, frozen)
             check_is_start(self.reference.kind, reading_difference(self.start_means, start.means))
             tokens += start.tokens
-        self.rows = run_on_main(lambda: self._compare(step, reading, tokens, began), self.world)
+        self.rows = run_on_main(lambda: self._compare(step, reading), self.world)
         self.reading, self.measured_step = reading, step
+        self.spent += (seconds := time.monotonic() - began)
         if self.rollouts is not None:
             self.attempt(step, "sampled completions", lambda: self._sample(step))
-        every = self.config.circuits.every
-        if every is None or step - self.traced_step >= every:
-            self._try_circuits(step)
+        if self.circuits.due(step, last=last):
+            self.attempt(step, "circuits", lambda: self._trace(step))
+        if self.config.components is True:
+            self._try_components(step)
+        self.rows = (*self.rows, *run_on_main(lambda: self._record_cost(step, seconds, tokens), self.world))
 
-    def _compare(self, step: int, reading: Reading, tokens: int, began: float) -> tuple[Measurement, ...]:
-        rows = drift_rows(self.baseline, reading, self.config, self.segment, step)
-        return self._record(step, rows, tokens, began)
+    def _compare(self, step: int, reading: Reading) -> tuple[Measurement, ...]:
+        rows = tuple(drift_rows(self.baseline, reading, self.config, self.segment, step))
+        self.store.append(rows)
+        return rows
 
     def _sample(self, step: int) -> None:
         """Let the policy write on the same prompts; read what it and the start wrote, under both where that can be."""
@@ -251,11 +256,16 @@ class Session:
             self.attempt(step, "the quadrant", lambda: work(label))
         return tuple(rows)
 
-    def keep(self, step: int, checkpoint: Path | None) -> None:
-        """Measure ``step`` unless it was just done; snapshot it, beside its checkpoint where it has one."""
+    def keep(self, step: int, checkpoint: Path | None, *, gone: bool = False) -> None:
+        """Measure ``step`` unless it was just done; snapshot it, beside its checkpoint where it has one.
+
+        Where its weights are ``gone`` (others were loaded in their place) nothing more is read under its number.
+        """
         if self.measured_step != step:
-            self.measure(step)
-        self._try_circuits(step)
+            self.measure(step, last=True)
+        if not gone:
+            self.attempt(step, "circuits", lambda: self._trace(step))
+            self._try_components(step)
         barrier(self.world)  # every rank has finished writing its part of the checkpoint
         run_on_main(lambda: self._snapshot_reading(step, checkpoint), self.world)
         self.saved_step = step
@@ -263,72 +273,56 @@ class Session:
     def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
         if self.table is None or self.reading is None:
             raise MeasurementError(f"step {step}: no reading to keep")
-        tensors = reading_tensors(self.table, self.reading)
-        if self.traced_step == step:
-            for start, found in zip(self.mechanisms, self.traced, strict=True):
-                tensors |= mechanism_tensors(start, found)
-        self._snapshot(step, tensors, checkpoint)
-
-    # -- circuits --------------------------------------------------------------------------------------------------
-
-    def _reader(self) -> Reader:
-        config = self.config
-        return Reader.of(self.model, config.circuits, self.plan.pad_token_id, config.seed, self.world, config.layers)
-
-    def _start_circuits(self, step: int, *, resumed: bool) -> None:
-        """Find the circuits of the start, or take them from step 0's snapshot."""
-        reader, control = self._reader(), self.plan.control_task
-        if resumed:
-            tensors = run_on_main(lambda: dict(self.store.baseline() or {}), self.world)
-            known = (reader.wiring.graph, self.config.seed)
-            self.mechanisms = tuple(stored_mechanism(tensors, task, *known) for task in self.plan.tasks)
-        else:
-            self.mechanisms = tuple(start_mechanism(reader, task, control) for task in self.plan.tasks)
-        self.traced_step = step
-
-    def _try_circuits(self, step: int) -> None:
-        if self.mechanisms and self.traced_step != step:
-            self.attempt(step, "circuits", lambda: self._trace(step))
+        self._snapshot(step, reading_tensors(self.table, self.reading) | self.circuits.tensors(step), checkpoint)
 
     def _trace(self, step: int) -> None:
-        """Read every task on the weights of now and record what became of its mechanism."""
-        began, reader = time.monotonic(), self._reader()
-        self.traced = tuple(read_mechanism(reader, start) for start in self.mechanisms)
-        self.traced_step = step
+        """Read circuits, unless that was tried at this step."""
+        before = self.circuits.seconds
+        try:
+            self.rows = (*self.rows, *self.circuits.trace(self.segment, step))
+        finally:
+            self.spent += self.circuits.seconds - before
+
+    # -- components ------------------------------------------------------------------------------------------------
+
+    def _start_components(self, *, resumed: bool) -> None:
+        """Read what the start's projections are made of, or take it from step 0's snapshot; else tell why not."""
+
+        def start() -> None:
+            tensors = dict(self.store.baseline() or {}) if resumed else None
+            try:
+                self.components = start_components(self.model, self.baseline, self.config, tensors)
+            except (HookpointError, MeasurementError, FormatError) as error:
+                log.warning("drift is not split among components: %s", error)
+                self._refuse(Refusal("components", "", str(error)))
+
+        run_on_main(start, self.world)
+
+    def _try_components(self, step: int) -> None:
+        if self.config.components is not False and self.split_step != step:
+            self.attempt(step, "components", lambda: self._split(step))
+
+    def _split(self, step: int) -> None:
+        """Record which components the drift of the weights of now comes from."""
+        began, self.split_step = time.monotonic(), step
 
         def record() -> None:
-            for start, found in zip(self.mechanisms, self.traced, strict=True):
-                self._record_mechanism(step, start, found)
+            if self.components is not None:
+                place = (self.baseline, self.config, self.segment, step)
+                self.rows = (*self.rows, *record_components(self.model, self.components, self.store, *place))
 
         run_on_main(record, self.world)
         self.spent += time.monotonic() - began
 
-    def _record_mechanism(self, step: int, start: MechanismStart, found: MechanismReading) -> None:
-        before, now = (mechanism_estimates(start, one, self.config) for one in (start.reading, found))
-        rows = mechanism_rows(start, now, self.segment, step)
-        self.store.append(rows)
-        if step == self.measured_step or found is start.reading:
-            self.rows = (*self.rows, *rows)
-        self.store.event("circuit", step=step, **drawn_circuit(start, found))
-        verdict = circuit_verdict(circuit_evidence(before, now))
-        if found is start.reading and verdict.word == "undetermined":
-            self._refuse(Refusal(f"circuit of {start.task.name}", "", verdict.why))
-        if verdict.alarm:
-            log.warning("step %d: circuit of %s: %s. %s", step, start.task.name, verdict.word, verdict.why)
-            self.store.event("alarm", step=step, task=start.task.name, word=verdict.word, reason=verdict.why)
-
     def _read(self, table: TextTable, model: nn.Module, **order: Any) -> Reading:
         return read_table(model, table, self.plan, self.config, self.world, **order)
 
-    def _record(self, step: int, rows: Sequence[Measurement], tokens: int, began: float) -> tuple[Measurement, ...]:
-        """Append to the timeline with the cost of getting here; gives all rows of the measurement."""
-        now = time.monotonic()
-        self.spent += now - began
-        fraction = self.spent / (now - self.began)
-        cost = cost_rows(self.baseline, self.segment, step, seconds=now - began, fraction=fraction, tokens=tokens)
-        self.rows = (*rows, *cost)
-        self.store.append(self.rows)
-        return self.rows
+    def _record_cost(self, step: int, seconds: float, tokens: int) -> tuple[Measurement, ...]:
+        """What a measurement took, and the share of the time that all of them took, everything in them included."""
+        fraction = self.spent / (time.monotonic() - self.began)
+        rows = tuple(cost_rows(self.baseline, self.segment, step, seconds=seconds, fraction=fraction, tokens=tokens))
+        self.store.append(rows)
+        return rows
 
     def _snapshot(
         self, step: int, tensors: Mapping[str, Tensor], checkpoint: Path | None = None, *, start: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,3 +277,79 @@ def test_bad_input_says_what_is_wrong() -> None:
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises((MeasurementError, HookpointError)):
         read(model, [("layers.0.resid_post", v)])
+
+
+# ------------------------------------------------------------------------------------------------------------ in a run
+
+
+def test_in_a_run_the_parts_sum_to_the_drift_and_the_start_survives_a_resume(tmp_path: Path) -> None:
+    from trainers.tiny_runs import live, train, verify
+
+    from interp_rlhf import load_run
+
+    folder = tmp_path / "run"
+    config = quick(folder)
+    brief = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 5e-3}
+    _, handle = train("dpo", folder, config, **brief)
+    rows, events = live(handle.timeline()), told(folder, "components")
+    assert [event["step"] for event in events] == [2, 4]
+    for event in events:
+        parts = event["parts"]
+        drift = rows.loc[("concept/drift", "order", event["hookpoint"], event["step"])]
+        others = rows.loc[("concept/drift", "order")].xs(event["step"], level="step").value
+        assert abs(event["total"]) > 1e-2 and event["total"] == pytest.approx(drift.value, abs=1e-4)
+        assert abs(drift.value) == others.abs().max() and event["readout"] == "order"
+        assert sum(part[1] for part in parts) + event["rest"] == pytest.approx(event["total"], abs=1e-9)
+        layer = int(event["hookpoint"].split(".")[1])
+        assert len(parts) == 2 + 5 * (layer + 1) and abs(event["rest"]) < 1e-4
+        assert [abs(part[1]) for part in parts] == sorted((abs(part[1]) for part in parts), reverse=True)
+        assert all(low <= change <= high for _, change, low, high, _, _ in parts)
+        assert all(
+            activation + weight == pytest.approx(change, abs=1e-4) for _, change, *_, activation, weight in parts
+        )
+        share = rows.loc[("component/weight_share", "order", event["hookpoint"], event["step"])]
+        sizes = [sum(abs(part[place]) for part in parts) for place in (4, 5)]
+        assert share.value == pytest.approx(sizes[1] / sum(sizes), abs=1e-6) and 0 < share.value < 1
+    refused = [event["readout"] for event in told(folder, "refused")]
+    assert "components" not in refused and not told(folder, "failure") and verify(folder) == 0
+
+    train("dpo", folder, config, resume=folder / "checkpoint-2", **brief)
+    assert [event["readout"] for event in told(folder, "refused")] == 2 * refused and not told(folder, "failure")
+    (end,) = told(folder, "components")[2:]
+    assert end["step"] == 4 and end["total"] == pytest.approx(events[1]["total"], abs=1e-5)
+    for mine, first in zip(end["parts"], events[1]["parts"], strict=True):
+        assert mine[0] == first[0] and mine[1:] == pytest.approx(first[1:], abs=1e-5)
+    assert load_run(folder).info["config"]["components"] == "auto"
+
+
+def quick(folder: Path, **changes: Any) -> dict[str, Any]:
+    from trainers.tiny_runs import small
+
+    config = small(folder, probes={"enabled": False}, **changes)
+    return {**config, "concepts": {**config["concepts"], "behaviour": False, "bank": False, "refit": False}}
+
+
+def told(folder: Path, kind: str) -> list[dict[str, Any]]:
+    from interp_rlhf import load_run
+
+    return [event for event in load_run(folder).events if event["event"] == kind]
+
+
+@pytest.mark.parametrize(("wanted", "steps"), [(True, [3, 6]), (False, [])])
+def test_with_every_measurement_or_never(wanted: bool, steps: list[int], tmp_path: Path) -> None:
+    from trainers.tiny_runs import train
+
+    folder = tmp_path / "run"
+    train("dpo", folder, quick(folder, components=wanted), max_steps=6, save_strategy="no", use_lora=True)
+    assert [event["step"] for event in told(folder, "components")] == steps
+
+
+def test_an_architecture_that_is_not_supported_is_refused_once(tmp_path: Path) -> None:
+    from trainers.tiny_runs import train
+
+    folder = tmp_path / "run"
+    model = make_model("opt", vocab_size=94, max_position_embeddings=128)
+    _, handle = train("dpo", folder, quick(folder), model=model, max_steps=2, use_lora=True)
+    (refused,) = [event for event in told(folder, "refused") if event["readout"] == "components"]
+    assert "layers.0" in refused["reason"] and not told(folder, "components") and not told(folder, "failure")
+    assert not handle.timeline().metric.str.startswith("component").any()

@@ -34,12 +34,22 @@ from interp_rlhf.errors import HookpointError, MeasurementError
 EMBED, BIAS = "embed", "bias"
 
 
+def component_names(n_layers: int, n_heads: int) -> tuple[str, ...]:
+    """The components of the first layers, in order.
+
+    >>> component_names(2, 1)
+    ('embed', 'bias', 'a0.h0', 'm0', 'a1.h0', 'm1')
+    """
+    layers = ((*(f"a{layer}.h{head}" for head in range(n_heads)), f"m{layer}") for layer in range(n_layers))
+    return (EMBED, BIAS, *(name for layer in layers for name in layer))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ComponentReading:
     """P directions read on one set of weights: U sampling units, C components, K coordinates. Float32 on the CPU.
 
     Attributes:
-        names: ``embed``, ``bias``, then layer by layer the heads ``a{l}.h{h}`` and ``m{l}``.
+        n_heads: heads of a layer; :func:`component_names` names the components.
         owner: ``[K]`` the component of each coordinate, int64.
         opaque: ``[C]`` components whose activations and weights are not told apart (an MLP that does not end in a
             linear layer, such as a mixture of experts).
@@ -49,13 +59,18 @@ class ComponentReading:
         total: ``[P, U]`` projection of the residual stream, read at the hookpoint itself.
     """
 
-    names: tuple[str, ...]
+    n_heads: int
     owner: Tensor
     opaque: Tensor
     activation: Tensor
     weight: Tensor
     parts: Tensor
     total: Tensor
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The components in order."""
+        return component_names((len(self.opaque) - 2) // (self.n_heads + 1), self.n_heads)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,18 +96,17 @@ def component_changes(start: ComponentReading, now: ComponentReading) -> Compone
     Raises:
         MeasurementError: readings of different models, directions or texts.
 
-    >>> def reading(a, w):
+    >>> def head(a, w):  # one layer of one head, whose MLP writes nothing
     ...     a, w = torch.tensor(a), torch.tensor([w])
-    ...     parts = torch.stack((torch.zeros(1), torch.zeros(1), (a * w).sum(1)), -1)[:, None]
-    ...     names, opaque = ("embed", "bias", "m0"), torch.zeros(3, dtype=torch.bool)
-    ...     return ComponentReading(names, torch.tensor([2, 2]), opaque, a, w, parts, parts.sum(-1))
-    >>> found = component_changes(reading([1.0, 2.0], [1.0, 0.0]), reading([3.0, 2.0], [1.0, 1.0]))
+    ...     parts = torch.tensor([[[0.0, 0.0, float((a * w).sum()), 0.0]]])
+    ...     return ComponentReading(1, torch.tensor([2, 2]), torch.zeros(4) > 0, a, w, parts, parts.sum(-1))
+    >>> found = component_changes(head([1.0, 2.0], [1.0, 0.0]), head([3.0, 2.0], [1.0, 1.0]))
     >>> found.change[0, 0, 2].item(), found.activation[0, 2].item(), found.weight[0, 2].item()
     (4.0, 2.0, 2.0)
     """
     for what in ("weight", "parts"):
         shapes = [tuple(getattr(reading, what).shape) for reading in (start, now)]
-        if shapes[0] != shapes[1] or start.names != now.names:
+        if shapes[0] != shapes[1] or not torch.equal(start.owner, now.owner):
             raise MeasurementError(f"components: {what}: found shape {shapes[1]}, expected {shapes[0]} as at the start")
     change = now.parts.double() - start.parts.double()
     a0, a1 = start.activation.double(), now.activation.double()
@@ -156,7 +170,7 @@ def read_components(
     places = _places(directions, wiring)
     with measuring(model):
         linears = last_linears(wiring, places.depth)
-        sums = _Sums(prompts, _owners(wiring, linears), _weights(wiring, linears, places), places)
+        sums = _Sums(prompts, wiring.graph.n_heads, _weights(wiring, linears, places), places)
         for batch in batches(
             prompts, batch_size=batch_size, pad_token_id=pad_token_id, tokens=tokens, skip_ids=skip_ids
         ):
@@ -183,11 +197,11 @@ def _places(directions: Sequence[tuple[str, Tensor]], wiring: Wiring) -> _Places
     return _Places(vectors, tuple(found))
 
 
-def _owners(wiring: Wiring, linears: Sequence[nn.Module | None]) -> dict[str, list[str]]:
+def _owners(depth: int, n_heads: int) -> dict[str, list[str]]:
     """The components whose coordinates each recorded value holds, side by side and equally many of each."""
     owners = {"embed": [EMBED]}
-    for index in range(len(linears)):
-        heads = [f"a{index}.h{head}" for head in range(wiring.graph.n_heads)]
+    for index in range(depth):
+        heads = [f"a{index}.h{head}" for head in range(n_heads)]
         owners |= {f"a{index}": heads, f"b{index}": [BIAS], f"m{index}": [f"m{index}"]}
     return owners
 
@@ -198,12 +212,12 @@ class _Sums:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        owners: Mapping[str, list[str]],
+        n_heads: int,
         weights: Mapping[str, Tensor],
         places: _Places,
     ) -> None:
-        self._owners, self._weights, self._places = owners, weights, places
-        self._names = list(dict.fromkeys((EMBED, BIAS, *(name for mine in owners.values() for name in mine))))
+        self._n_heads, self._weights, self._places = n_heads, weights, places
+        self._owners, self._names = _owners(places.depth, n_heads), component_names(places.depth, n_heads)
         place = {unit: index for index, unit in enumerate(dict.fromkeys(prompt.unit for prompt in prompts))}
         self._unit = torch.tensor([place[prompt.unit] for prompt in prompts])
         self._share = 1 / torch.bincount(self._unit).double()
@@ -231,7 +245,7 @@ class _Sums:
         sizes = [(mine, self._weights[key].shape[1] // len(mine)) for key, mine in self._owners.items()]
         owner = [self._names.index(name) for mine, size in sizes for name in mine for _ in range(size)]
         reading = ComponentReading(
-            names=tuple(self._names),
+            n_heads=self._n_heads,
             owner=torch.tensor(owner),
             opaque=torch.tensor([name in opaque for name in self._names]),
             activation=(self._activation / len(self._share)).float(),

@@ -60,6 +60,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "specificity/concept_bank": Metric("sd", "B", ("concept_bank",)),
         "concept/auc": Metric("1", "B", ("none",)),
         "concept/cosine": Metric("1", "B", ("refit",)),
+        "component/weight_share": Metric("1", "B", ("none",)),
         "concept/behaviour": Metric("nats", "A", ("none",)),
         "concept/behaviour_change": Metric("nats", "A", ("none",)),
         "probe/auc": Metric("1", "C", ("none",)),
