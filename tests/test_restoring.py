@@ -142,6 +142,11 @@ def test_layers_that_output_tuples_keep_the_rest() -> None:
 
 def test_bfloat16_streams_are_moved_in_float32() -> None:
     v, prompts = direction(), make_prompts(5)
+    stream = torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    target, there = torch.full((5, 7), 0.3), torch.ones(5, 7, dtype=torch.bool)
+    exact = stream.double() + (0.3 - stream.double() @ v.double())[..., None] * v.double()
+    found = restoring.moved(stream, v, target, v, there)
+    assert found.dtype == torch.bfloat16 and (found == exact.bfloat16()).float().mean() > 0.99
     start, now = (model.bfloat16() for model in planted(4 * v))
     then = read_moved(start, prompts, AT, v, **PASSES)
     restored = read_moved(now, prompts, AT, v, target=then.components, **PASSES)
@@ -272,10 +277,16 @@ def test_no_share_where_the_behaviour_did_not_change_and_no_passes_wasted_on_it(
 def test_texts_of_one_unit_count_once() -> None:
     v = direction()
     start, now = planted(3 * v)
-    texts = [Prompt(text.input_ids, text.completion_start, str(i // 3)) for i, text in enumerate(make_prompts(18))]
+    units = [0] * 1 + [1] * 5 + [2] * 2 + [3] * 4 + [4] * 6
+    texts = [Prompt(text.input_ids, text.completion_start, str(units[i])) for i, text in enumerate(make_prompts(18))]
     found = causal_share(now, start, texts, AT, v, **STATISTICS)
-    change = (log_probs(now, texts) - log_probs(start, texts)).reshape(6, 3).mean(1)
-    assert found.n == found.nll_change.n == 6 and found.change == pytest.approx(float(change.mean()), abs=1e-5)
+    change = log_probs(now, texts) - log_probs(start, texts)
+    means = torch.stack([change[torch.tensor(units) == unit].mean() for unit in range(5)])
+    assert found.n == found.nll_change.n == 5 and found.change == pytest.approx(float(means.mean()), abs=1e-5)
+    whole = [Prompt(text.input_ids, 0, text.unit) for text in texts]
+    total = float((log_probs(now, whole) - log_probs(start, whole)).sum())
+    tokens = sum(len(text.input_ids) - 1 for text in texts)
+    assert found.nll_change.value == pytest.approx(total / tokens, abs=1e-5)
 
 
 def test_no_trace_is_left_and_the_same_call_gives_the_same_numbers() -> None:
