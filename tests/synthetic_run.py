@@ -250,11 +250,12 @@ def circuit_event(
     possible = [(u, v) for u in sources for v, reads in targets.items() if depth[u] < reads]
     chosen = {edge: rng.choice((-1, 1, 1)) * rng.paretovariate(1.5) / 10 for edge in rng.sample(possible, n)}
     moved = random.Random(f"{seed} {step}")
-    for edge in moved.sample(sorted(chosen), n // 3 if step else 0):
-        chosen.pop(edge)
-        chosen[next(e for e in iter(lambda: moved.choice(possible), None) if e not in chosen)] = moved.uniform(
-            -0.5, 0.5
-        )
+    spare = [edge for edge in possible if edge not in chosen]
+    for edge, other in zip(
+        moved.sample(sorted(chosen), n // 3 * (step > 0)), moved.sample(spare, n // 3), strict=False
+    ):
+        del chosen[edge]
+        chosen[other] = moved.uniform(-0.5, 0.5)
     edges = [[u, v, score * (1 + 0.2 * (step > 0))] for (u, v), score in chosen.items()]
     return {
         "event": "circuit", "task": task, "step": step, "architecture": "LlamaForCausalLM", "layers": layers,

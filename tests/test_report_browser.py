@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 from planted_run import PLANTED, SAVED, planted_run
-from synthetic_run import SyntheticRun, make_run, store_controls, store_run, with_panels
+from synthetic_run import (
+    SyntheticRun,
+    circuit_event,
+    components_event,
+    make_run,
+    store_controls,
+    store_run,
+    with_circuits,
+    with_panels,
+)
 
 from interp_rlhf.audit.store import load_run
 from interp_rlhf.report.html import write_report
@@ -337,3 +346,42 @@ def test_the_page_itself_never_scrolls_sideways(tab: Tab, tmp_path: Path, width:
     tab.open(write_report(run, tmp_path / "report.html"), width=width)
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.problems() == []
+
+
+LIT = "[...document.querySelectorAll('.edge.lit')].map(e => [e.dataset.from, e.dataset.to, e.closest('svg').ariaLabel])"
+
+
+def test_circuits_before_and_now_are_drawn_and_can_be_followed(tab: Tab, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp", concepts=NAMES, steps=(0, 10, 20))
+    run = with_circuits(run, {"different": "different", HOSTILE: "lost", "same": "same"}, steps=(0, 20))
+    wide = {"layers": 32, "heads": 32, "kv_heads": 8}
+    run.events += [circuit_event("large", 0, **wide), circuit_event("large", 20, **wide), {"event": "circuit"}]
+    run.events.append(components_event(HOSTILE, "layers.1.resid_post", 20))
+    page = write_report(run, tmp_path / "report.html")
+    for width in (360, 1280):
+        tab.open(page, width=width)
+        assert tab.value("document.documentElement.scrollWidth") <= width
+        assert tab.problems() == [] and [u for u in tab.requested() if not u.startswith("data:")] == [page.as_uri()]
+    check_numbers(tab, _live_rows(run))
+    headings = tab.value("[...document.querySelectorAll('h2, h3')].map(h => h.textContent.trim())")
+    for heading in ("Mechanisms", "≠ different different", f"✕ lost {HOSTILE}", "large", "What a drift is made of"):
+        assert heading in headings
+    badges = tab.value("[...document.querySelectorAll('#mechanisms .badge')].map(e => e.textContent.slice(2))")
+    assert badges == ["different", "lost", "same"]
+    edges = "[...document.querySelectorAll('.side svg')].map(s => [...s.querySelectorAll('.edge')].filter(e => {})"
+    assert tab.value(edges.format("e.getTotalLength() > 1") + ".length)") == [150] * 8
+    lonely = tab.value(edges.format("e.matches('.gone, .new') && e.getAttribute('stroke-dasharray')") + ".length)")
+    assert lonely == [50] * 8
+    colours = tab.value("[...new Set([...document.querySelectorAll('.edge')].map(e => getComputedStyle(e).stroke))]")
+    assert sorted(colours) == ["rgb(0, 114, 178)", "rgb(213, 94, 0)"]
+    tab.value("document.querySelector('.circuits [data-node=\"a2.h3\"]').dispatchEvent(new PointerEvent("
+              "'pointerover', {bubbles: true}))")  # fmt: skip
+    lit = tab.value(LIT)
+    assert lit and all("a2.h3" in ends[:2] for ends in lit) and len({ends[2] for ends in lit}) == 2
+    mine = [e for e in run.events if e["event"] == "circuit" and e.get("task") == "different"]
+    assert len(lit) == sum("a2.h3" in (u, v[:5]) for event in mine for u, v, _ in event["edges"])
+    tab.value("document.querySelector('.circuits').dispatchEvent(new PointerEvent('pointerleave'))")
+    assert tab.value(LIT) == [] and not tab.value("document.querySelector('.circuits.focused') !== null")
+    bars = tab.value("document.getElementById('fig-components-0').querySelectorAll('.bars .point').length")
+    assert bars == 11 * 2 + 2  # eleven parts in two, the embedding and everything else
+    assert tab.value("document.querySelectorAll('.problem').length") == 1

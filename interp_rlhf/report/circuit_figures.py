@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from interp_rlhf.report.circuits import FAITHFULNESS, Attribution, Mechanism, signed
+from interp_rlhf.report.circuits import FAITHFULNESS, Attribution, Mechanism, Part, signed
 from interp_rlhf.report.figures import (
     BAND,
     COLOURS,
@@ -60,39 +60,41 @@ def attribution_panel(attribution: Attribution) -> Panel:
     """A drift by components: bars of what activations and weights bring, a diamond with interval for their sum."""
     shown = attribution.parts[:MOST_PARTS]
     rest = attribution.rest + sum(part.change for part in attribution.parts[MOST_PARTS:])
-    names = [part.name for part in shown] + (["everything else"] if rest else [])
-    place = {name: len(names) - 1 - i for i, name in enumerate(names)}
-    figure = new_figure("", height=110 + 26 * max(len(names), 2))
-    split = [p for p in shown if p.activation is not None and p.weight is not None]
-    whole = [(p.name, p.change) for p in shown if p.activation is None or p.weight is None]
-    bars = [
-        ("through activations", [(p.name, p.activation) for p in split], COLOURS[0], ""),
-        ("through weights", [(p.name, p.weight) for p in split], COLOURS[4], "/"),
-        ("not split", whole + ([("everything else", rest)] if rest else []), "#c9ced6", ""),
-    ]
-    for title, values, colour, shape in bars:
+    parts = [*shown]
+    if abs(rest) > 1e-9 * max((abs(part.change) for part in shown), default=0.0):
+        parts.append(Part("everything else", rest, None, None, None, None))
+    parts.reverse()  # the first at the top
+    split = [(y, p) for y, p in enumerate(parts) if p.activation is not None and p.weight is not None]
+    whole = [(y, p) for y, p in enumerate(parts) if p.activation is None or p.weight is None]
+    figure = new_figure("", height=110 + 26 * max(len(parts), 2))
+    for title, values, colour, shape in (
+        ("through activations", [(y, p.name, p.activation) for y, p in split], COLOURS[0], ""),
+        ("through weights", [(y, p.name, p.weight) for y, p in split], COLOURS[4], "/"),
+        ("not split", [(y, p.name, p.change) for y, p in whole], "#c9ced6", ""),
+    ):
         if values:
-            figure.add_trace(_bars(title, [(place[n], label(n), v) for n, v in values], colour, shape))
+            figure.add_trace(_bars(title, values, colour, shape))
     if shown:
-        figure.add_trace(_totals([(place[p.name], p) for p in shown]))
+        figure.add_trace(_totals([(y, p) for y, p in enumerate(parts) if p in shown]))
     figure.update_xaxes(title="part of the drift", zeroline=True, zerolinecolor=INK)
-    name_axis(figure, list(reversed(names)))
+    name_axis(figure, [part.name for part in parts])
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "font": {"size": 11}}
     figure.update_layout(showlegend=True, barmode="relative", bargap=0.35, legend=legend)
     total = signed(attribution.total)
-    return Panel(f"{attribution.readout}: {total} in all at {attribution.hookpoint}, step {attribution.step}", figure)
+    return Panel(f"{attribution.readout}: total {total} at {attribution.hookpoint}, step {attribution.step}", figure)
 
 
 def _bars(title: str, values: Sequence[tuple[int, str, float | None]], colour: str, shape: str) -> dict[str, Any]:
+    pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6, "solidity": 0.3}
     return {
         "type": "bar", "orientation": "h", "name": title, "y": [y for y, _, _ in values],
-        "x": [x for _, _, x in values], "customdata": [name for _, name, _ in values],
-        "marker": {"color": colour, "pattern": {"shape": shape, "fgcolor": "#ffffff", "size": 6, "solidity": 0.25}},
+        "x": [x for _, _, x in values], "customdata": [label(name) for _, name, _ in values],
+        "marker": {"color": colour, "pattern": pattern},
         "hovertemplate": f"%{{customdata}} {title}: %{{x:+.3g}}<extra></extra>",
     }  # fmt: skip
 
 
-def _totals(parts: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+def _totals(parts: Sequence[tuple[int, Part]]) -> dict[str, Any]:
     high = [0.0 if p.ci_high is None else max(p.ci_high - p.change, 0.0) for _, p in parts]
     low = [0.0 if p.ci_low is None else max(p.change - p.ci_low, 0.0) for _, p in parts]
     return {
