@@ -35,6 +35,7 @@ from interp_rlhf.config import SWITCH, InterpConfig, switched_off
 from interp_rlhf.controls import Control
 from interp_rlhf.distributed import join_world, run_on_main
 from interp_rlhf.errors import InterpError, MeasurementError
+from interp_rlhf.live_causes import standing_out
 from interp_rlhf.plan import Plan, make_plan
 from interp_rlhf.provenance import run_info
 from interp_rlhf.reading import ShardedForwardError
@@ -157,7 +158,7 @@ class InterpCallback(TrainerCallback):
         if step != run.measured_step:
             if not (self._due(step, state) or "train_runtime" in logs):
                 return {}
-            self._guarded(step, "a measurement", lambda: run.measure(step))
+            self._guarded(step, "a measurement", lambda: run.measure(step, last=step >= state.max_steps))
         if step != run.measured_step:
             return {}
         self._logged_step = step
@@ -189,13 +190,20 @@ class InterpCallback(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if run.saved_step != step:
             self._guarded(step, "the end", lambda: self._keep_end(step, best))
+        if best is None and run.measured_step == step:
+            self._guarded(step, "causal shares", lambda: self._find_causes(step))
         self._guarded(step, "the report", lambda: run_on_main(self.tell, run.world))
 
     def _keep_end(self, step: int, best: str | None) -> None:
         """Snapshot of the last step. Where the best checkpoint has been loaded, nothing is read under its number."""
         if best is not None and self._run.measured_step != step:
             raise MeasurementError(f"step {step}: its weights are gone, {Path(best).name} was loaded in their place")
-        self._run.keep(step, None)
+        self._run.keep(step, None, gone=best is not None)
+
+    def _find_causes(self, step: int) -> None:
+        """Ask of the drifts that stand out how much of the behaviour goes through them."""
+        run = self._run
+        run.find_causes(step, run_on_main(lambda: standing_out(self.summary(), self.config), run.world))
 
     # -- failures --------------------------------------------------------------------------------------------------
 

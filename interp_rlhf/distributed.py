@@ -82,17 +82,26 @@ def agree(outcome: T | Exception, world: World) -> T:
     return outcome
 
 
+def together(work: Callable[[], T], world: World) -> T:
+    """This rank's ``work()``, once it has succeeded on every rank. Nothing inside may be a collective call.
+
+    Raises:
+        MeasurementError: on all ranks, where it failed on one; as :func:`agree`.
+    """
+    try:
+        outcome: T | Exception = work()
+    except Exception as error:  # every rank is told
+        outcome = error
+    return agree(outcome, world)
+
+
 def spread(n: int, work: Callable[[int], T], world: World) -> list[T]:
     """``[work(0), …, work(n − 1)]`` on every rank, each done by one of them. Nothing inside may be a collective call.
 
     Raises:
         MeasurementError: on all ranks, where one failed; as :func:`agree`.
     """
-    try:
-        outcome: list[T] | Exception = [work(i) for i in range(world.rank, n, world.size)]
-    except Exception as error:  # every rank is told below
-        outcome = error
-    mine = agree(outcome, world)
+    mine = together(lambda: [work(i) for i in range(world.rank, n, world.size)], world)
     if world.size == 1:
         return mine
     parts: list[Any] = [None] * world.size

@@ -109,24 +109,36 @@ def mechanism_tensors(start: MechanismStart, reading: MechanismReading | None = 
             "empty": one.empty,
             "index": one.index,
             "random": one.random,
+            "task": _hash(start.task),
+            "evaluate": torch.tensor(start.evaluate),
         }
         if start.control is not None:
             kept |= {"control": start.control.to(torch.uint8), "control_metric": one.control}
     return {name + key: value.contiguous() for key, value in kept.items() if value is not None}
 
 
-def stored_mechanism(tensors: Mapping[str, Tensor], task: Task, graph: Graph, seed: int) -> MechanismStart:
+def _hash(task: Task) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(task.hash)), dtype=torch.uint8)
+
+
+def stored_mechanism(tensors: Mapping[str, Tensor], task: Task, graph: Graph) -> MechanismStart:
     """The start of a resumed run, from what its step-0 snapshot keeps.
 
     Raises:
-        FormatError: a tensor is missing.
+        FormatError: a tensor is missing, or the task or the model's graph is not that of step 0.
     """
     name = f"{_PREFIX}{task.name}/"
     found = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
-    missing = {"blocks_a", "blocks_b", "own", "heads", "mlps", "full", "empty", "index", "random"} - set(found)
+    expected = {"blocks_a", "blocks_b", "own", "heads", "mlps", "full", "empty", "index", "random", "task", "evaluate"}
+    missing = expected - set(found)
     if missing:
         raise FormatError(f"step-0 snapshot: {name}{min(missing)}: not found, expected the circuits of the start")
+    if not torch.equal(found["task"], _hash(task)):
+        raise FormatError(f"task {task.name!r}: its pairs or metric are not those of step 0, expected the same task")
     own = found["own"].bool()
+    if own.shape != graph.possible.shape:
+        wanted = f"{list(graph.possible.shape)} of {graph.architecture}"
+        raise FormatError(f"step-0 snapshot: {name}own: expected shape {wanted}, found {list(own.shape)}")
     reading = MechanismReading(
         blocks_a=found["blocks_a"],
         blocks_b=found["blocks_b"],
@@ -142,6 +154,7 @@ def stored_mechanism(tensors: Mapping[str, Tensor], task: Task, graph: Graph, se
         dropped=0,
         seconds=0.0,
     )
-    select, evaluate = task.halves(seed)
+    evaluate = tuple(found["evaluate"].tolist())
+    select = tuple(sorted(set(range(len(task.pairs))) - set(evaluate)))
     control = found["control"].bool() if "control" in found else None
     return MechanismStart(task, select, evaluate, graph, int(own.sum()), reading, control)

@@ -26,7 +26,7 @@ from interp_rlhf.circuits.task_runs import TaskRuns, attribute_task
 from interp_rlhf.circuits.tasks import Task
 from interp_rlhf.circuits.wiring import Wiring, find_wiring
 from interp_rlhf.config import CircuitsConfig
-from interp_rlhf.distributed import World, spread
+from interp_rlhf.distributed import World, run_on_main, spread, together
 from interp_rlhf.errors import MeasurementError
 
 #: Blocks of pairs in each half, over which structure gets its interval; fewer where a half has fewer pairs.
@@ -105,8 +105,9 @@ class Reader:
     def of(
         cls, model: nn.Module, config: CircuitsConfig, pad_token_id: int, seed: int, world: World, layers: str | None
     ) -> Reader:
-        """Trace the wiring and put the rest together; errors of :func:`find_wiring`."""
-        return cls(model, find_wiring(model, layers=layers), config, pad_token_id, seed, world)
+        """Trace the wiring and put the rest together; errors of :func:`find_wiring`. Collective, like its methods."""
+        wiring = together(lambda: find_wiring(model, layers=layers), world)
+        return cls(model, wiring, config, pad_token_id, seed, world)
 
     def scores(self, task: Task, pairs: Sequence[int]) -> Tensor:
         """Mean edge scores of some pairs, ``[S, T]``."""
@@ -134,7 +135,15 @@ class Reader:
     def runs(self, task: Task, pairs: Sequence[int]) -> TaskRuns:
         """The model as any circuit, on some pairs."""
         options = {"pad_token_id": self.pad_token_id, "batch_size": self.config.batch_size}
-        return TaskRuns(self.model, self.wiring, task, pairs, ablation=self.config.ablation, **options)
+        ablation = self.config.ablation
+        return together(
+            lambda: TaskRuns(self.model, self.wiring, task, pairs, ablation=ablation, **options), self.world
+        )
+
+    def nodes(self, task: Task, pairs: Sequence[int]) -> NodeOutputs:
+        """What the nodes output, the same numbers on all ranks: nodes are matched by them."""
+        options = (self.pad_token_id, self.config.batch_size)
+        return spread(1, lambda _: node_outputs(self.model, self.wiring, task, pairs, *options), self.world)[0]
 
 
 def start_mechanism(reader: Reader, task: Task, control: Task | None) -> MechanismStart:
@@ -150,7 +159,7 @@ def start_mechanism(reader: Reader, task: Task, control: Task | None) -> Mechani
     if control is not None:
         half, _ = control.halves(reader.seed)
         other = strongest(graph, reader.blocks(control, half).mean(0), size)
-    nodes = node_outputs(reader.model, reader.wiring, task, select, reader.pad_token_id, reader.config.batch_size)
+    nodes = reader.nodes(task, select)
     reading = _read(reader, task, evaluate, blocks, nodes, [chosen, chosen, chosen], other, size, 0, began)
     return MechanismStart(task, select, evaluate, graph, size, reading, other)
 
@@ -167,8 +176,7 @@ def read_mechanism(reader: Reader, start: MechanismStart) -> MechanismReading:
         raise MeasurementError(f"task {task.name!r}: circuits of {start.graph} cannot be compared with {graph}")
     blocks = [reader.blocks(task, half) for half in (start.select, start.evaluate)]
     own = strongest(graph, blocks[0].mean(0), start.size)
-    options = (reader.pad_token_id, reader.config.batch_size)
-    nodes, then = node_outputs(reader.model, reader.wiring, task, start.select, *options), start.reading.nodes
+    nodes, then = reader.nodes(task, start.select), start.reading.nodes
     matching = NodeMatching.of_outputs(graph, then.heads, nodes.heads, then.mlps, nodes.mlps)
     matched, dropped = matching.map_edges(start.reading.own, graph)
     chosen = [start.reading.own, matched, own]
@@ -226,7 +234,7 @@ def _size(reader: Reader, task: Task, select: Sequence[int], scores: Tensor) -> 
         return max(1, round(wanted * graph.size))
     sizes = sorted({max(1, round(share * graph.size)) for share in SIZES})
     runs = reader.runs(task, select)
-    whole = float((runs.clean - runs.corrupt).mean())
+    whole = run_on_main(lambda: float((runs.clean - runs.corrupt).mean()), reader.world)
 
     def effect(i: int) -> float:
         return float((runs(strongest(graph, scores, sizes[i])) - runs.corrupt).mean())

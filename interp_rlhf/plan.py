@@ -18,7 +18,7 @@ from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
 from interp_rlhf.activations.tokenizers import tokenizer_hash
 from interp_rlhf.circuits.tasks import Task, resolve_task
-from interp_rlhf.circuits.wiring import find_wiring
+from interp_rlhf.circuits.wiring import find_wiring, partition_problem
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.errors import ConfigError, PromptError
 from interp_rlhf.measurement import Source
@@ -176,7 +176,8 @@ def _tasks(config: InterpConfig, model: nn.Module, tokenizer: Any, limit: int) -
     wanted = config.circuits
     if not wanted.tasks:
         return (), None
-    find_wiring(model, layers=config.layers)
+    if partition_problem(model, layers=config.layers) is None:  # else refused when training begins; the rest goes on
+        find_wiring(model, layers=config.layers)
     entries = (*wanted.tasks, *([] if wanted.control is None else [wanted.control]))
     tasks = [resolve_task(entry, tokenizer, n=wanted.pairs, seed=config.seed) for entry in entries]
     names = [task.name for task in tasks]

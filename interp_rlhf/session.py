@@ -37,6 +37,7 @@ from interp_rlhf.component_drift import ComponentStart, component_tensors, recor
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, barrier, run_on_main
 from interp_rlhf.errors import FormatError, HookpointError, MeasurementError
+from interp_rlhf.live_causes import causal_rows
 from interp_rlhf.live_circuits import LiveCircuits
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows, drift_rows, start_rows
@@ -269,6 +270,27 @@ class Session:
         barrier(self.world)  # every rank has finished writing its part of the checkpoint
         run_on_main(lambda: self._snapshot_reading(step, checkpoint), self.world)
         self.saved_step = step
+
+    def find_causes(self, step: int, places: Sequence[tuple[str, str]]) -> None:
+        """Record how much of each concept's change of behaviour goes through its direction."""
+        if not places:
+            return
+        began, frozen = time.monotonic(), find_frozen(self.model, self.ref_model)
+        if frozen is not None and self.table is not None:
+            with frozen.reading() as start:
+                again = self._read(self.table, start)
+            check_is_start(frozen.kind, reading_difference(self.start_means, again.means))
+
+        def record() -> None:
+            place = (self.baseline, places, self.config, self.segment, step)
+            found = list(causal_rows(self.model, frozen, *place))
+            self.store.append([row for row in found if isinstance(row, Measurement)])
+            for refusal in found:
+                if isinstance(refusal, Refusal):
+                    self._refuse(refusal)
+
+        run_on_main(record, self.world)
+        self.spent += time.monotonic() - began
 
     def _snapshot_reading(self, step: int, checkpoint: Path | None) -> None:
         if self.table is None or self.reading is None:

@@ -129,9 +129,13 @@ def find_wiring(model: nn.Module, *, layers: str | None = None) -> Wiring:
         HookpointError: a layer has no such parts, or its output is not input plus attention plus MLP; names the layer.
         MeasurementError: the weights are partitioned over processes (ZeRO-3, FSDP2), or an adapter adds virtual tokens.
     """
+    problem = partition_problem(model, layers=layers)
+    if problem is not None:
+        raise MeasurementError(problem)
     parts = layout(model, layers=layers)
     engine = find_engine(model, parts)
-    _refuse_sharded(parts, engine)
+    if not engine.pads_left:
+        raise MeasurementError("model: a prompt-learning adapter adds virtual tokens, expected none for circuits")
     with measuring(model):
         seen = _trace(parts, engine)
         blocks = [_block(parts, seen, index) for index in range(parts.n_layers)]
@@ -144,16 +148,19 @@ def find_wiring(model: nn.Module, *, layers: str | None = None) -> Wiring:
     return Wiring(parts, engine, tuple(blocks), final, graph)
 
 
-def _refuse_sharded(parts: ModelLayout, engine: Engine) -> None:
+def partition_problem(model: nn.Module, *, layers: str | None = None) -> str | None:
+    """Why circuits cannot be found while the model's weights are spread over processes; ``None`` where they are whole.
+
+    Every process gets the same answer; nothing is run.
+    """
+    parts = layout(model, layers=layers)
     partitioned = any(hasattr(parameter, "ds_id") for parameter in parts.causal_lm.parameters())
-    if partitioned or engine.sharded is not None:
-        how = "ZeRO-3" if partitioned else "FSDP2"
-        raise MeasurementError(
-            f"model: its weights are partitioned by {how}, expected whole weights for circuits: use ZeRO-2 or DDP, or "
-            "measure the saved checkpoints afterwards with interp-rlhf compare"
-        )
-    if not engine.pads_left:
-        raise MeasurementError("model: a prompt-learning adapter adds virtual tokens, expected none for circuits")
+    if not partitioned and find_engine(model, parts).sharded is None:
+        return None
+    return (
+        f"model: its weights are partitioned by {'ZeRO-3' if partitioned else 'FSDP2'}, expected whole weights for "
+        "circuits: use ZeRO-2 or DDP, or measure the saved checkpoints afterwards with interp-rlhf compare"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the trace
