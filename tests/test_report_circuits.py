@@ -293,6 +293,17 @@ def test_what_a_later_start_left_behind_is_not_shown(tmp_path: Path) -> None:
     assert not found.attributions and [a.step for a in found.alarms] == [10] and not found.problems
 
 
+def test_of_each_concept_only_the_last_step_is_taken_apart() -> None:
+    places = (("a", 1, 10, 9.0), ("a", 1, 20, 0.5), ("b", 1, 10, 2.0), ("b", 2, 20, -1.0), ("b", 3, 20, 0.1))
+    events = [components_event(name, f"layers.{i}.resid_post", step, total) for name, i, step, total in places]
+    found = [(a.readout, a.hookpoint, a.step) for a in circuit_events(events).attributions]
+    assert found == [
+        ("b", "layers.2.resid_post", 20),
+        ("a", "layers.1.resid_post", 20),
+        ("b", "layers.3.resid_post", 20),
+    ]
+
+
 def test_names_of_nodes() -> None:
     for name in ("embed", "logits", "m3", "a0.h11", "a1.h0.q"):
         assert parse_node(name) is not None
@@ -306,7 +317,7 @@ def test_names_of_nodes() -> None:
 def test_parts_of_a_drift_are_stacked_and_add_up() -> None:
     event = components_event("refusal", "layers.1.resid_post", 40, total=0.8, n=20)
     panel = attribution_panel(read_attribution(event))
-    assert panel.title == "refusal: total +0.8 at layers.1.resid_post, step 40"
+    assert panel.title == "refusal: +0.8 SD at layers.1.resid_post, step 40"
     traces = {trace["name"]: trace for trace in panel.figure.to_dict()["data"]}
     names = list(panel.figure.layout.yaxis.ticktext)
     assert names == [*(p[0] for p in event["parts"][:12]), "everything else"][::-1]

@@ -76,12 +76,12 @@ def attribution_panel(attribution: Attribution) -> Panel:
             figure.add_trace(_bars(title, values, colour, shape))
     if shown:
         figure.add_trace(_totals([(y, p) for y, p in enumerate(parts) if p in shown]))
-    figure.update_xaxes(title="part of the drift", zeroline=True, zerolinecolor=INK)
+    figure.update_xaxes(title="part of the drift (SD of step 0)", zeroline=True, zerolinecolor=INK)
     name_axis(figure, [part.name for part in parts])
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "font": {"size": 11}}
     figure.update_layout(showlegend=True, barmode="relative", bargap=0.35, legend=legend)
     total = signed(attribution.total)
-    return Panel(f"{attribution.readout}: total {total} at {attribution.hookpoint}, step {attribution.step}", figure)
+    return Panel(f"{attribution.readout}: {total} SD at {attribution.hookpoint}, step {attribution.step}", figure)
 
 
 def _bars(title: str, values: Sequence[tuple[int, str, float | None]], colour: str, shape: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _bars(title: str, values: Sequence[tuple[int, str, float | None]], colour: s
         "type": "bar", "orientation": "h", "name": title, "y": [y for y, _, _ in values],
         "x": [x for _, _, x in values], "customdata": [label(name) for _, name, _ in values],
         "marker": {"color": colour, "pattern": pattern},
-        "hovertemplate": f"%{{customdata}} {title}: %{{x:+.3g}}<extra></extra>",
+        "hovertemplate": f"%{{customdata}} {title}: %{{x:+.3g}} SD<extra></extra>",
     }  # fmt: skip
 
 
@@ -104,5 +104,5 @@ def _totals(parts: Sequence[tuple[int, Part]]) -> dict[str, Any]:
         "error_x": {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "thickness": 1.5, "width": 4,
                     "color": INK},
         "customdata": [label(p.name) for _, p in parts],
-        "hovertemplate": "%{customdata}: %{x:+.3g}<extra></extra>",
+        "hovertemplate": "%{customdata}: %{x:+.3g} SD<extra></extra>",
     }  # fmt: skip

@@ -147,7 +147,7 @@ class CircuitEvents:
 
     Attributes:
         circuits: task to its circuits, one per step, in order of steps.
-        attributions: the newest of each concept and hookpoint, largest total first.
+        attributions: of each concept at its last step, largest total first.
         alarms: in the order they were written.
         problems: one line per event that cannot be shown.
     """
@@ -207,7 +207,11 @@ def circuit_events(events: Iterable[Mapping[str, Any]]) -> CircuitEvents:
         except FormatError as error:
             problems.append(f"{event['event']} event{_whose(event)}: {error}")
     ordered = {task: tuple(steps[step] for step in sorted(steps)) for task, steps in sorted(circuits.items())}
-    largest = sorted(attributions.values(), key=lambda a: (-abs(a.total), a.readout, a.hookpoint))
+    newest = {
+        readout: max(a.step for a in attributions.values() if a.readout == readout) for readout, _ in attributions
+    }
+    current = [a for a in attributions.values() if a.step == newest[a.readout]]
+    largest = sorted(current, key=lambda a: (-abs(a.total), a.readout, a.hookpoint))
     return CircuitEvents(ordered, tuple(largest), tuple(alarms), tuple(dict.fromkeys(problems)))
 
 
