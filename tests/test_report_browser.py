@@ -187,7 +187,8 @@ def test_every_number_of_a_real_run_is_its_timeline_row(tab: Tab, trained: tuple
         kind = r.metric.split("/")[0]
         if kind != "cost" and not r.metric.startswith("concept/behaviour"):
             table = {"representation": "representation-table", "cost_fraction": "", "probe": "probes-table",
-                     "shift": "shift-table", "quadrant": "quadrant-table"}.get(kind, "readings")  # fmt: skip
+                     "shift": "shift-table", "quadrant": "quadrant-table", "component": "causes-table",
+                     "causal": "causes-table"}.get(kind, "readings")  # fmt: skip
             field = "p" if kind == "specificity" else "value"
             assert (table, r.metric, r.readout, r.hookpoint, field) in found, r
     assert {c[2] for c in found if c[0] == "headline"} == {PLANTED, SAVED}

@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 from synthetic_run import (
     ENDINGS,
+    HOOKPOINTS,
     SyntheticRun,
     circuit_event,
     circuit_rows,
     components_event,
     make_run,
+    row,
     store_run,
     with_circuits,
 )
@@ -402,6 +404,32 @@ def test_an_earlier_alarm_stays_on_the_page(tmp_path: Path) -> None:
     )
     page = render_report(run)
     assert "1 alarm earlier in this run, none at the last reading" in page and "It was gone then." in page
+
+
+def test_what_a_drift_brings_about_is_shown_beside_what_it_is_made_of(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "interp", concepts=("refusal",))
+    share = {
+        "ci_low": 0.3,
+        "ci_high": 0.8,
+        "null_kind": "random_directions",
+        "null_low": -0.1,
+        "null_high": 0.1,
+        "p": 0.048,
+    }
+    rows = [
+        row("component/weight_share", "refusal", HOOKPOINTS[1], 40, 0.625),
+        row("causal/share_restored", "refusal", HOOKPOINTS[1], 40, 0.5, **share),
+        row("causal/nll_change", "refusal", HOOKPOINTS[1], 40, 0.015625),
+    ]
+    run.rows, run.superseded = [*run.rows, *rows], [*run.superseded, *[False] * 3]
+    page = render_report(run)
+    table = page[page.index('<table id="causes-table">') :].split("</table>")[0]
+    shown = set(re.findall(r'data-metric="([\w/]+)"[^>]*data-field="(\w+)" data-value="([^"]+)"', table))
+    assert {(r.metric, "value", repr(r.value)) for r in rows} <= shown
+    assert {
+        ("causal/share_restored", field, str(value)) for field, value in share.items() if field != "null_kind"
+    } <= shown
+    assert '<a href="#circuits">Mechanisms</a>' in page and "share_injected" not in table
 
 
 def test_only_as_many_attributions_as_can_be_read_are_drawn(tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ QUADRANT: tuple[Column, ...] = (
     Column("quadrant/obfuscated_activations", "obfuscated activations", "metric-quadrant"),
     Column("quadrant/unknown", "no label", "metric-quadrant"),
 )
+CAUSES: tuple[Column, ...] = (
+    Column("component/weight_share", "share through weights", "metric-components", format="%.2f"),
+    Column("causal/share_restored", "behaviour undone by restoring", "metric-causal", format="%+.2f", band=True),
+    Column("causal/share_injected", "behaviour brought by injecting", "metric-causal", format="%+.2f", band=True),
+    Column("causal/nll_change", "damage of restoring (nats)", "metric-causal", format="%+.3f"),
+)
 
 
 def grid(

@@ -17,7 +17,7 @@ from interp_rlhf.report import circuit_figures, figures, panels
 from interp_rlhf.report.circuit_drawing import Drawing, draw_circuits
 from interp_rlhf.report.circuits import WORDS, Alarm, DrawnCircuit, Mechanism, circuit_events
 from interp_rlhf.report.controls import find_controls
-from interp_rlhf.report.grids import PROBES, QUADRANT, READINGS, SHIFT, Grid, grid
+from interp_rlhf.report.grids import CAUSES, PROBES, QUADRANT, READINGS, SHIFT, Grid, grid
 from interp_rlhf.report.rows import current, latest, measurements
 from interp_rlhf.report.tables import Summary, summarise
 from interp_rlhf.report.verdicts import VERDICTS
@@ -161,6 +161,7 @@ def _grids(timeline: pd.DataFrame, concepts: Sequence[str], summary: Summary) ->
         "readings": grid(measurements(table[table["step"] == summary.step]), READINGS, concepts),
         "probes": grid(latest(timeline, "probe"), PROBES, concepts),
         "shift": grid(latest(timeline, "shift"), SHIFT, concepts, keep=True),
+        "causes": grid([*latest(timeline, "component"), *latest(timeline, "causal")], CAUSES, concepts),
         "quadrant": grid(latest(timeline, "quadrant"), QUADRANT, concepts, keep=True),
     }
 
