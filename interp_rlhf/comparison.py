@@ -21,23 +21,27 @@ from interp_rlhf.audit.store import Run, load_run
 from interp_rlhf.audit.timeline import to_frame
 from interp_rlhf.baseline import FIRST, Baseline, audit_readings, statistics
 from interp_rlhf.checkpoints import checkpoint_step, names_its_base
+from interp_rlhf.comparison_lines import comparison_lines
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.drift.nulls import paired_bootstrap
 from interp_rlhf.errors import ConfigError, FormatError
+from interp_rlhf.measurement import Measurement
 from interp_rlhf.offline import summary_of
 from interp_rlhf.plan import TextTable
 from interp_rlhf.reading import Reading
 from interp_rlhf.report.controls import Controls, ControlTable, find_controls
-from interp_rlhf.report.tables import Finding, Summary, current, natural, summarise
+from interp_rlhf.report.tables import Summary, current, natural, summarise
 from interp_rlhf.starts import (
     MEANS,
     Place,
     Start,
+    circuit_rows_of,
     first_snapshot,
     is_run,
     last_snapshot,
+    load_for,
     own_run,
-    read_checkpoint,
+    read_model,
     start_of_model,
     start_of_run,
     stored_reading,
@@ -134,7 +138,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """What moved and what did not, for each, then the differences."""
-        return "\n".join(_lines(self))
+        return "\n".join(comparison_lines(self))
 
 
 def compare(
@@ -287,8 +291,8 @@ def _compare_readings(start: Start, places: Sequence[tuple[str, Place]], given: 
     timelines, summaries, changes = {}, {}, {}
     first = places[0][1]
     for name, place in places if is_run(first) else places[1:]:
-        reading, step = _read(start, place, first)
-        timelines[name] = _timeline(start, reading, step)
+        reading, step, circuits = _read(start, place, first)
+        timelines[name] = _timeline(start, reading, step, circuits)
         summaries[name] = summary_of(timelines[name], start, Controls(given))
         table, plan = start.baseline.table, start.baseline.plan
         now = {point: audit_readings(reading, table, plan, point) for point in plan.hookpoints}
@@ -299,19 +303,20 @@ def _compare_readings(start: Start, places: Sequence[tuple[str, Place]], given: 
     return timelines, summaries, tuple(differences), ()
 
 
-def _read(start: Start, place: Place, first: Place) -> tuple[Reading, int]:
-    """The reading of a run's last step from its files, or of a checkpoint by reading it; and its step."""
+def _read(start: Start, place: Place, first: Place) -> tuple[Reading, int, tuple[Measurement, ...]]:
+    """The reading of a run's last step from its files, or of a checkpoint by reading it; its step; rows of circuits."""
     if is_run(place):
         run = load_run(place)
         _check_same_texts(run, start)
         last = last_snapshot(run)
-        return stored_reading(last, start.baseline.table, start.baseline.plan.hookpoints, MEANS), last.step
+        return stored_reading(last, start.baseline.table, start.baseline.plan.hookpoints, MEANS), last.step, ()
     base = None if is_run(first) or names_its_base(place) else first
-    return read_checkpoint(start, place, base=base), max(checkpoint_step(place) or 1, start.step + 1)
+    model, step = load_for(start, place, base=base), max(checkpoint_step(place) or 1, start.step + 1)
+    return read_model(start, model), step, circuit_rows_of(start, model, step, start.segment)
 
 
-def _timeline(start: Start, reading: Reading, step: int) -> pd.DataFrame:
-    rows = (*start.rows(), *start.compare(reading, step))
+def _timeline(start: Start, reading: Reading, step: int, circuits: tuple[Measurement, ...]) -> pd.DataFrame:
+    rows = (*start.rows(), *start.compare(reading, step), *circuits)
     return to_frame([row.as_row() | {"superseded": False} for row in rows])
 
 
@@ -349,7 +354,7 @@ def _differences(first: tuple[str, Changes], other: tuple[str, Changes], config:
             yield Difference(first[0], other[0], *place, float(values.mean()), low, high, len(values))
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------------- names
 
 
 def _last_drifts(timeline: pd.DataFrame) -> pd.DataFrame:
@@ -357,35 +362,6 @@ def _last_drifts(timeline: pd.DataFrame) -> pd.DataFrame:
     rows = current(timeline)
     rows = rows[(rows["metric"] == "concept/drift") & (rows["null_kind"] != "numeric")]
     return rows[rows["step"] == rows["step"].max()]
-
-
-def _lines(found: Comparison) -> Iterator[str]:
-    against = "each against its own step 0" if found.start is None else f"against step 0 = {found.start}"
-    yield f"interp_rlhf: {len(found.timelines)} beside each other, {against}; drift in standard deviations (SD) of it;"
-    yield "* = specific: outside the bands of comparable directions; ** = attributable: also beyond the control runs."
-    for name, summary in found.summaries.items():
-        yield f"{name} (step {summary.step}):" if summary.step is not None else f"{name}: nothing was measured"
-        yield f"  {summary.controls.caveat}"
-        for title, findings in (("moved", summary.moved), ("not detected", summary.not_detected)):
-            yield f"  {title}: {'none' if not findings else ''}".rstrip()
-            yield from (_finding(finding) for finding in findings)
-    if found.differences:
-        yield "Differences on the same prompts (other - first), intervals that leave out 0 marked !:"
-    for d in found.differences:
-        mark, place = "!" if d.leaves_out_zero else " ", f"{d.readout} at {d.hookpoint}"
-        yield f"  {mark} {d.other} - {d.first}: {d.value:+.2f} SD [{d.ci_low:+.2f}, {d.ci_high:+.2f}]  {place}"
-    yield from (f"Not compared: {reason}" for reason in found.not_compared)
-    if found.controls:
-        yield f"Control runs beside: {', '.join(found.controls)}"
-    yield "Nothing here says why they differ from each other."
-
-
-def _finding(finding: Finding) -> str:
-    low, high = finding.interval
-    mark = {"attributable": "**", "specific": " *"}.get(finding.verdict, "  ")
-    detectable = "" if finding.moved_at else f"  (smallest detectable {finding.detectable:.2f})"
-    number = f"{finding.value:+.2f} SD [{low:+.2f}, {high:+.2f}]"
-    return f"  {mark} {finding.readout}  {number}  {finding.hookpoint}{detectable}"
 
 
 def _names(places: Sequence[Place]) -> list[str]:

@@ -219,6 +219,8 @@ class InterpConfig:
         representation: log representation metrics (CKA, cosine, norm ratio, effective rank).
         components: split each concept's drift among heads and MLPs: ``auto`` at saves and at the end of training, true
             with every measurement; on an architecture that is not supported neither, with the reason.
+        causal: at the end, the share of a concept's change of behaviour that goes through its direction: ``auto`` for
+            drifts that stand out from comparable directions, true for all that moved; three concepts at most.
         reference: how readings of the frozen start are had: ``auto`` caches them at step 0.
         headline: at most this many scalars go to the trainer's log per measurement.
         on_error: a failed measurement warns, or raises and ends the run.
@@ -239,6 +241,7 @@ class InterpConfig:
     layers: str | None = None
     representation: bool = True
     components: Literal["auto"] | bool = "auto"
+    causal: Literal["auto"] | bool = "auto"
     reference: Literal["auto", "cached", "adapter", "ref_model", "copy"] = "auto"
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     concepts: ConceptsConfig = field(default_factory=ConceptsConfig)

@@ -9,6 +9,7 @@ Two ways to have the start θ_0 that a checkpoint is compared with:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from interp_rlhf.checkpoints import checkpoint_step, load_tokenizer, model_folde
 from interp_rlhf.errors import ConfigError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows
+from interp_rlhf.mechanism_rows import mechanism_tensors
+from interp_rlhf.offline_circuits import circuit_events, circuit_rows, circuits_of
 from interp_rlhf.reading import Reading
 from interp_rlhf.report.controls import Controls, find_controls
 from interp_rlhf.report.rows import current
@@ -126,8 +129,17 @@ def measure(
         model = load_for(start, folder, base=put_on)
         reading = read_model(start, model)
         segment = 1 if out is not None else start.segment
-        rows = (*start.compare(reading, step, segment), *rollout_rows_of(start, model, step, segment))
-        written = None if out is None else write_run(Path(out), start, folder, step, reading, rows)
+        mechanisms = circuits_of(start.mechanisms, model, start.plan, start.config)
+        rows = (
+            *start.compare(reading, step, segment),
+            *rollout_rows_of(start, model, step, segment),
+            *circuit_rows(start.mechanisms, mechanisms, start.config, segment, step),
+        )
+        drawn = [
+            *circuit_events(start.mechanisms, [one.reading for one in start.mechanisms], start.step),
+            *circuit_events(start.mechanisms, mechanisms, step),
+        ]
+        written = None if out is None else write_run(Path(out), start, folder, step, reading, rows, drawn)
     own = found is not None and own_run(folder) == Path(found).resolve()
     controls = _controls(load_run(found), step) if own and found is not None else None
     return Measured(short_name(checkpoint), step, start, rows, written, controls)
@@ -176,12 +188,19 @@ def _step(folder: Path, step: int | None, start: Start, *, known: bool) -> int:
 
 
 def write_run(
-    out: Path, start: Start, checkpoint: Path, step: int, reading: Reading, rows: tuple[Measurement, ...]
+    out: Path,
+    start: Start,
+    checkpoint: Path,
+    step: int,
+    reading: Reading,
+    rows: tuple[Measurement, ...],
+    drawn: Sequence[Mapping[str, Any]] = (),
 ) -> Run:
     """Write what was measured as a run of one segment: the start, then the checkpoint.
 
     Args:
         rows: of segment 1.
+        drawn: events of circuits, for the report.
 
     Raises:
         ConfigError: the folder holds a run already.
@@ -192,11 +211,15 @@ def write_run(
     store, baseline = RunStore(out), start.baseline
     names = {"base": start.name, "checkpoint": short_name(checkpoint), "weights_sha256": _weights_hash(checkpoint)}
     store.start({**start.info, "trainer": None, "measured": names}, resumed_from=None)
+    for event in drawn:
+        store.event("circuit", **{key: value for key, value in event.items() if key != "event"})
     for event in start.events:
         store.event("refused", **{key: value for key, value in event.items() if key != "event"})
     tokenizer = start.tokenizer or load_tokenizer(checkpoint)
     decode = getattr(tokenizer, "decode", None)
     tensors = baseline_tensors(start.table, start.first, start.again) | direction_tensors(baseline)
+    for mechanism in start.mechanisms:
+        tensors |= mechanism_tensors(mechanism)
     seconds = start.first.seconds + start.again.seconds
     told = _with_cost(start.rows(1), baseline, start.step, seconds, start.first.tokens + start.again.tokens)
     store.append(told)

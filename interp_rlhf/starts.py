@@ -26,6 +26,8 @@ from interp_rlhf.distributed import World
 from interp_rlhf.errors import ConfigError, FormatError, PromptError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import drift_rows, start_rows
+from interp_rlhf.mechanisms import MechanismStart
+from interp_rlhf.offline_circuits import circuit_rows, circuits_of, read_mechanisms, stored_mechanisms
 from interp_rlhf.plan import Plan, TextTable, make_plan
 from interp_rlhf.provenance import run_info, tokenizer_hash
 from interp_rlhf.reading import Reading, read_table
@@ -54,6 +56,7 @@ class Start:
         tokenizer: θ_0's tokenizer; ``None`` where only its hash is known.
         precision: in which checkpoints are loaded.
         wrote: what the start of the run wrote, lines and tensors; ``None`` where nothing was sampled.
+        mechanisms: of the tasks whose circuits are followed.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Start:
     tokenizer: Any = None
     precision: Precision = torch.float32
     wrote: tuple[Sequence[Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
+    mechanisms: tuple[MechanismStart, ...] = ()
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -77,7 +81,10 @@ class Start:
 
     def rows(self, segment: int | None = None) -> tuple[Measurement, ...]:
         """Rows of the start itself: the same weights read twice."""
-        return start_rows(self.baseline, self.config, segment or self.segment, self.step)
+        segment = segment or self.segment
+        readings = [mechanism.reading for mechanism in self.mechanisms]
+        circuits = circuit_rows(self.mechanisms, readings, self.config, segment, self.step)
+        return (*start_rows(self.baseline, self.config, segment, self.step), *circuits)
 
     def compare(self, reading: Reading, step: int, segment: int | None = None) -> tuple[Measurement, ...]:
         """Rows of a reading of the weights at ``step``, without cost."""
@@ -132,6 +139,7 @@ def start_of_run(run: Place, checkpoint: Path | None = None) -> Start:
         info=MappingProxyType(info),
         precision="auto",  # as they were trained
         wrote=(lines, tensors) if lines else None,
+        mechanisms=stored_mechanisms(tensors, stored.events, plan, config, str(stored.path)),
     )
 
 
@@ -170,6 +178,7 @@ def start_of_model(base: Place, *, config: Any, data: Place | None, like: Start 
         baseline=fit_baseline(plan, table, first, again, settings),
         info=MappingProxyType(run_info(settings, plan, model, tokenizer, "", World())),
         tokenizer=tokenizer,
+        mechanisms=read_mechanisms(model, plan, settings),
     )
 
 
@@ -302,11 +311,6 @@ def load_for(start: Start, checkpoint: Place, *, base: Place | None = None) -> t
     return load_checkpoint(folder, dtype=start.precision, base=base)
 
 
-def read_checkpoint(start: Start, checkpoint: Place, *, base: Place | None = None) -> Reading:
-    """Read a checkpoint on the start's texts (those of its baseline); arguments and errors of :func:`load_for`."""
-    return read_model(start, load_for(start, checkpoint, base=base))
-
-
 def read_model(start: Start, model: torch.nn.Module) -> Reading:
     """Read a model on the start's texts."""
     return read_table(model, start.baseline.table, start.baseline.plan, start.config, World())
@@ -323,6 +327,12 @@ def rollout_rows_of(start: Start, model: torch.nn.Module, step: int, segment: in
     began = stored_rollouts(lines, tensors, model, start.plan, start.config)
     found = measure_rollouts(began, model, find_frozen(model, None), start.plan, start.config, World())
     return rollout_rows(began, found, start.baseline, start.config, segment, step)
+
+
+def circuit_rows_of(start: Start, model: torch.nn.Module, step: int, segment: int) -> tuple[Measurement, ...]:
+    """``circuit/*`` rows as a live run writes them, without cost; none where no circuits are followed."""
+    readings = circuits_of(start.mechanisms, model, start.plan, start.config)
+    return circuit_rows(start.mechanisms, readings, start.config, segment, step)
 
 
 def _check_tokenizer(start: Start, folder: Path, tokenizer: Any) -> None:
