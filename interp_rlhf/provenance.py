@@ -171,6 +171,9 @@ def published(config: InterpConfig) -> dict[str, Any]:
     probes = settings["probes"]
     probes["sealed"] = probes["sealed"] and Path(probes["sealed"]).name
     probes["on_domain"] = {name: Path(path).name for name, path in probes["on_domain"].items()}
+    circuits = settings["circuits"]
+    circuits["tasks"] = [Path(entry).name for entry in circuits["tasks"]]
+    circuits["control"] = circuits["control"] and Path(circuits["control"]).name
     return settings
 
 

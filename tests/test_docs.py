@@ -77,12 +77,15 @@ def test_run_file_fields_and_tensor_names(formats: Path, tmp_path: Path) -> None
 
     trainer = trainers()["dpo"].build(tmp_path, max_steps=2)
     (pack,) = small(tmp_path / "elsewhere" / "run")["concepts"]["packs"]
+    short = tmp_path / "short.yaml"
+    short.write_text("generator: induction\noptions: {length: 8}\n", encoding="utf-8")
     config = {
         "hookpoints": ["layers.50%.resid_post"],
         "prompts": {"n": 8},
         "concepts": {"n_pairs": 16, "packs": [pack]},
         "statistics": {"bootstrap": 100, "directions": 200},
         "rollouts": {"enabled": True, "prompts": 8, "max_new_tokens": 4},
+        "circuits": {"tasks": ["induction"], "control": str(short), "pairs": 16, "steps": 1},
         "on_error": "raise",
     }
     attach(trainer, config)

@@ -21,6 +21,7 @@ EVENT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "texts": ("texts", "sha256"),
     "snapshot": ("snapshot", "file", "sha256"),
     "circuit": ("task",),
+    "components": ("readout", "hookpoint"),
     "alarm": ("task", "word", "reason"),
 }
 #: Fields that are text wherever an event has them.

@@ -166,7 +166,8 @@ def live_events(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     limits, number, live = live_limits(segments_of(events)), None, []
     for event in events:
         number = event["segment"] if event["event"] == "segment" else number
-        if number is None or event.get("step", 0) <= limits.get(number, -1):
+        step = event.get("step", 0)
+        if number is None or not isinstance(step, int | float) or step <= limits.get(number, -1):
             live.append(event)
     return live
 

@@ -275,8 +275,8 @@ def headline_key(row: Measurement) -> str:
 def headline(rows: Iterable[Measurement], limit: int) -> dict[str, float]:
     """The at most ``limit`` scalars of one measurement that go to the trainer's log.
 
-    Cost keeps a place of its own. Then come, until the limit: concept drift, representation, behaviour, staleness of
-    the probes, drift on sampled completions. Those with hookpoints are filled one hookpoint after the other from the
+    Cost keeps a place of its own. Then come, until the limit: concept drift and circuits, representation, behaviour,
+    staleness of the probes, drift on sampled completions. Those with hookpoints are filled one hookpoint after the other from the
     middle of the list outwards, so that a limit shortens the list of hookpoints before the list of concepts. Which
     keys are chosen depends on the set of keys only, never on values or on row order.
     """
@@ -285,6 +285,7 @@ def headline(rows: Iterable[Measurement], limit: int) -> dict[str, float]:
     middle_out = sorted(range(len(hookpoints)), key=lambda i: (abs(i - len(hookpoints) // 2), i))
     rank = {hookpoints[i]: place for place, i in enumerate(middle_out)} | {"": -1}
     groups = {COST: 0, DRIFT: 1} | dict.fromkeys(REPRESENTATION, 2)
+    groups |= {"circuit/effect_ratio": 1, "circuit/faithfulness_index": 1}
     groups |= {"concept/behaviour_change": 3, "concept/behaviour": 4, "probe/staleness": 5, "shift/total": 6}
     keyed = sorted(
         (groups[row.metric], rank[row.hookpoint], row.metric, row.readout, headline_key(row), row.value)
