@@ -184,6 +184,8 @@ def _tasks(config: InterpConfig, model: nn.Module, tokenizer: Any, limit: int) -
     if len(set(names)) < len(names):
         raise ConfigError(f"circuits: tasks and control: expected different names, found {', '.join(names)}")
     for task in tasks:
+        if task.metric == "kl" and wanted.method == "eap":
+            raise ConfigError(f"circuits: task {task.name!r}: metric kl has no gradient at the clean run, use eap-ig")
         longest = max(task.pairs, key=lambda pair: pair.length)
         if longest.length > limit:
             found = f"pair {longest.id}: {longest.length} tokens"

@@ -1,4 +1,4 @@
-"""Running the model as a circuit: all edges are the clean run, none the corrupt one, and any others a plain reference."""
+"""Running the model as a circuit: all edges are the clean run, none the corrupt one, others a plain reference."""
 
 from __future__ import annotations
 
@@ -112,6 +112,17 @@ def test_a_circuit_of_another_model_is_refused():
     run = make(make_model("llama"))
     with pytest.raises(MeasurementError, match=r"expected a selection of shape \[16, 28\].*found \[3, 3\]"):
         run(torch.ones(3, 3, dtype=torch.bool))
+
+
+def test_a_circuit_is_run_by_its_selection_on_its_own_model_only():
+    run, other = make(make_model("llama")), make(make_model("qwen3"))
+    circuit = Circuit(run.graph, torch.where(run.graph.possible, 1.0, 0.0))
+    with pytest.raises(MeasurementError, match="nothing is selected"):
+        run(circuit)
+    with measuring(make_model("llama")):
+        assert torch.equal(run(circuit.top(20)), run(circuit.top(20).selected))  # pyrefly: ignore
+    with pytest.raises(MeasurementError, match=r"one of Qwen3ForCausalLM with 3 layers .* one of LlamaForCausalLM"):
+        other(circuit.top(20))
 
 
 def test_the_faithfulness_curve_ends_at_one_and_areas_are_trapezoids():

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from interp_rlhf.circuits.graph import Circuit, Graph, check_graph
 from interp_rlhf.circuits.norms import Norm
 from interp_rlhf.circuits.passes import Metric, Pair, Pass, SourceRecorder, Sources, input_hook, written_on
 from interp_rlhf.circuits.wiring import Block, Projection, Wiring, replaced_input
@@ -89,9 +90,17 @@ class Intervention:
     def _values(self, result: Tensor) -> Tensor:
         return checked(self._metric(result, self._clean_result), len(self._pair[0]["input_ids"])).detach()
 
-    def __call__(self, selected: Tensor) -> Tensor:
-        """Metric ``[B]`` of the run in which only the edges ``selected [S, T]`` carry what their source writes."""
+    def __call__(self, circuit: Tensor | Circuit) -> Tensor:
+        """Metric ``[B]`` of the run in which only the circuit's edges carry what their source writes.
+
+        Args:
+            circuit: its selected edges, or a selection ``[S, T]`` bool of this model's edges.
+
+        Raises:
+            MeasurementError: a circuit of another model or without a selection.
+        """
         graph = self._wiring.graph
+        selected = circuit if isinstance(circuit, Tensor) else selection(circuit, graph)
         if selected.shape != graph.possible.shape:
             raise MeasurementError(
                 f"circuit: expected a selection of shape {list(graph.possible.shape)} (sources by targets of this "
@@ -133,6 +142,18 @@ class Intervention:
     def baseline(self) -> Sources | None:
         """What corrupted components write."""
         return self._baseline
+
+
+def selection(circuit: Circuit, graph: Graph) -> Tensor:
+    """The edges ``[S, T]`` of a circuit that is to run on a model with this graph.
+
+    Raises:
+        MeasurementError: it is of another model, or nothing is selected.
+    """
+    check_graph(circuit, graph)
+    if circuit.selected is None:
+        raise MeasurementError("circuit: nothing is selected, expected a circuit after top, greedy or threshold")
+    return circuit.selected
 
 
 class _Run:

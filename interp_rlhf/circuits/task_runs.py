@@ -94,10 +94,10 @@ class TaskRuns:
         self.clean = self._per_pair([run.clean for _, run in self._runs])
         self.corrupt = self._per_pair([run.corrupt for _, run in self._runs])
 
-    def __call__(self, selected: Tensor) -> Tensor:
-        """The metric of each pair, ``[n]``, when only the edges ``selected [S, T]`` carry what their source writes."""
+    def __call__(self, circuit: Tensor | Circuit) -> Tensor:
+        """The metric of each pair, ``[n]``, when only the circuit's edges carry what their source writes."""
         with measuring(self._model):
-            return self._per_pair([run(selected) for _, run in self._runs])
+            return self._per_pair([run(circuit) for _, run in self._runs])
 
     def node(self, name: str) -> Tensor:
         """The metric of each pair, ``[n]``, when the component ``name`` is corrupted for all readers."""
