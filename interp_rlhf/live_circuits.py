@@ -19,6 +19,7 @@ from interp_rlhf.circuits.wiring import partition_problem
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World, run_on_main
 from interp_rlhf.drift.circuit_verdict import circuit_evidence, circuit_verdict
+from interp_rlhf.drift.estimates import Estimate
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.mechanism_rows import (
     drawn_circuit,
@@ -55,6 +56,7 @@ class LiveCircuits:
     traced: Mapping[str, MechanismReading] = field(default_factory=dict)
     step: int = -1
     seconds: float = 0.0
+    _first: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # metrics of the start by task
 
     def _reader(self) -> Reader:
         config = self.config
@@ -121,16 +123,20 @@ class LiveCircuits:
     def _record(
         self, segment: int, step: int, start: MechanismStart, found: MechanismReading
     ) -> tuple[Measurement, ...]:
-        before, now = (mechanism_estimates(start, one, self.config) for one in (start.reading, found))
+        name = start.task.name
+        if name not in self._first:
+            self._first[name] = mechanism_estimates(start, start.reading, self.config)
+        before = self._first[name]
+        now = before if found is start.reading else mechanism_estimates(start, found, self.config)
         rows = mechanism_rows(start, now, segment, step)
         self.store.append(rows)
         self.store.event("circuit", step=step, **drawn_circuit(start, found))
         verdict = circuit_verdict(circuit_evidence(before, now))
         if found is start.reading and verdict.word == "undetermined":
-            self._refuse(f"circuit of {start.task.name}", verdict.why)
+            self._refuse(f"circuit of {name}", verdict.why)
         if verdict.alarm:
-            log.warning("step %d: circuit of %s: %s. %s", step, start.task.name, verdict.word, verdict.why)
-            self.store.event("alarm", step=step, task=start.task.name, word=verdict.word, reason=verdict.why)
+            log.warning("step %d: circuit of %s: %s. %s", step, name, verdict.word, verdict.why)
+            self.store.event("alarm", step=step, task=name, word=verdict.word, reason=verdict.why)
         return rows
 
     def _refuse(self, readout: str, reason: str) -> None:
