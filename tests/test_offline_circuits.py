@@ -1,4 +1,4 @@
-"""Circuits of checkpoints: the rows of a live run again, from its files, and between models that were never attached."""
+"""Circuits of checkpoints: the rows of a live run again, and between models that were never attached."""
 
 from __future__ import annotations
 

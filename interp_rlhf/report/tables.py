@@ -277,8 +277,8 @@ def headline(rows: Iterable[Measurement], limit: int) -> dict[str, float]:
 
     Cost keeps a place of its own. Then come, until the limit: concept drift and circuits, representation, behaviour,
     staleness of the probes, drift on sampled completions. Those with hookpoints are filled one hookpoint after the
-    other from the middle of the list outwards, so that a limit shortens the list of hookpoints before the list of concepts. Which
-    keys are chosen depends on the set of keys only, never on values or on row order.
+    other from the middle of the list outwards, so that a limit shortens the list of hookpoints before the list of
+    concepts. Which keys are chosen depends on the set of keys only, never on values or on row order.
     """
     chosen = [r for r in rows if (r.text == "fixed" and r.reader == "policy") or r.metric == "shift/total"]
     hookpoints = sorted({row.hookpoint for row in chosen if row.hookpoint}, key=natural)
