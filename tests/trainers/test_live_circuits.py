@@ -39,8 +39,8 @@ METRICS = {
 }  # fmt: skip
 CONTROL = {"faithfulness_control"}
 BRIEF = {"max_steps": 4, "learning_rate": 2e-3}
-#: What could go wrong together: accumulation, recomputed activations, a save between two measurements.
-HARD = {**BRIEF, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+#: What could go wrong together.
+HARD = {**BRIEF, "max_steps": 3, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
 SAVES = {"save_strategy": "steps", "save_steps": 3}
 CASES = [
     (name, lora)
@@ -99,7 +99,7 @@ def test_training_is_unchanged_and_circuits_are_those_of_the_weights(name: str, 
     attached = run(entry, folder, setting, settings(folder, control=True))
     assert_same(bare, attached)
 
-    handle, steps = attached["handle"], [0, 2, 4] if name == "ppo" else [0, 2, 3, 4]
+    handle, steps = attached["handle"], [0, 2, 3]
     found = rows_of(handle.timeline())
     assert list(found.index) == steps and set(found.columns) == METRICS | CONTROL
     assert not found.isna().any(axis=None) and not events(folder, "failure")
@@ -107,11 +107,12 @@ def test_training_is_unchanged_and_circuits_are_those_of_the_weights(name: str, 
     assert found.effect_ratio[0] == 1 and found.structure_change[0] == 0
     assert (found.loc[2:, "structure_change"].abs() > 1e-4).all() and found.metric.nunique() == len(steps)
     assert [(event["task"], event["step"]) for event in events(folder, "circuit")] == [("words", s) for s in steps]
-    assert {snapshot.step for snapshot in load_run(folder).snapshots} == {0, *steps} - {2}
+    assert {snapshot.step for snapshot in load_run(folder).snapshots} == {0, 3}
     assert kept(folder, 0).keys() >= {"blocks_a", "blocks_b", "own", "control", "full", "empty"}
-    assert kept(folder, 4).keys() == {"blocks_a", "blocks_b", "own"} and verify(folder) == 0
-    last = [row for row in attached["interp"]][-1]
-    assert any(key.startswith("interp/circuit/") for key in last)
+    assert kept(folder, 3).keys() == {"blocks_a", "blocks_b", "own"} and verify(folder) == 0
+    assert any(key.startswith("interp/circuit/") for key in attached["interp"][-1])
+    if name == "dpo" and not lora and trl_version().release >= (1, 13):
+        assert "forward" in vars(handle.callback._run.model), "one without logits; circuits run the class's own"
     if name != "ppo":
         check_saved(folder, 3, saved_model(folder / "checkpoint-3", lora), handle)
     check_saved(folder, 0, causal_lm(), handle)
@@ -137,16 +138,6 @@ def check_saved(folder: Path, step: int, model: Any, handle: Any) -> None:
     whole = (runs.clean - runs.corrupt).mean()
     own = (runs(tensors["own"].bool()) - runs.corrupt).mean() / whole
     assert found["faithfulness_own"] == pytest.approx(float(own), abs=1e-5)
-
-
-def test_a_head_that_a_trainer_has_replaced_is_not_asked(tmp_path: Path) -> None:
-    """TRL from 1.13 on puts a forward without logits on the model; circuits read the class's own."""
-    trainer, handle = train("dpo", tmp_path / "out", settings(tmp_path / "out"), **{**BRIEF, "save_strategy": "no"})
-    replaced = "forward" in vars(trainer.accelerator.unwrap_model(trainer.model))
-    assert replaced or trl_version().release < (1, 13)
-    model = causal_lm()
-    model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
-    check_saved(tmp_path / "out", 4, model, handle)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -267,8 +258,7 @@ def test_what_is_wrong_is_said_before_training(case: str, error: Any, message: s
     assert not (tmp_path / "out" / "interp").exists()
 
 
-@pytest.mark.parametrize("at", ["start", "later"])
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
+@pytest.mark.parametrize(("at", "on_error"), [("start", "warn"), ("later", "warn"), ("later", "raise")])
 def test_a_task_that_fails_costs_its_own_rows(
     at: str, on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
