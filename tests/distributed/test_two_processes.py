@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from trainers.table import causal_lm, preferences, prompts, saved_model, scorer, texts, tokenizer, unpaired
 from trainers.tiny_runs import small
+from trainers.token_tasks import write_task
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from interp_rlhf import load_run
@@ -23,9 +24,14 @@ from interp_rlhf.activations.capturing import read_prompts
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.audit.verification import verify_run
+from interp_rlhf.config import InterpConfig
+from interp_rlhf.distributed import World
+from interp_rlhf.mechanism_rows import mechanism_estimates
+from interp_rlhf.mechanisms import Reader, read_mechanism, start_mechanism
 from interp_rlhf.offline import measure
 from interp_rlhf.plan import TextTable
 from interp_rlhf.readouts.packs import load_pack, render
+from interp_rlhf.stored_plan import load_plan
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
@@ -103,12 +109,40 @@ def check_readings(model: nn.Module, out: Path, name: str, prefix: str) -> None:
         torch.testing.assert_close(tensors[prefix + hookpoint], alone.means[hookpoint], atol=1e-4, rtol=0)
 
 
+def check_circuits(out: Path, *, whole: bool) -> None:
+    """Circuits are those of one process on the same weights; partitioned weights are refused, once and in words."""
+    run = load_run(out)
+    refused = [event["reason"] for event in run.events if event.get("readout") == "circuits"]
+    rows = run.timeline()
+    rows = rows[rows.metric.str.startswith("circuit/") & (rows.metric != "circuit/seconds")]
+    if not whole:
+        assert rows.empty and len(refused) == 1 and "ZeRO-3" in refused[0] and "interp-rlhf compare" in refused[0]
+        return
+    config = InterpConfig.resolve(load_run(out).info["config"])
+    (task,) = load_plan(out / "_interp" / "01-plan.jsonl").tasks
+    options = (config.circuits, 0, config.seed, World(), None)
+    start = start_mechanism(Reader.of(causal_lm(), *options), task, None)
+    now = read_mechanism(Reader.of(LlamaForCausalLM.from_pretrained(out / "checkpoint-4"), *options), start)
+    for step, reading in ((0, start.reading), (4, now)):
+        alone = {
+            name: one for name, one in mechanism_estimates(start, reading, config).items() if "seconds" not in name
+        }
+        found = rows[rows.step == step].set_index("metric")
+        assert set(found.index) == set(alone) and "circuit/faithfulness_own" in alone
+        for name, one in alone.items():
+            for field in ("value", "ci_low", "ci_high"):
+                assert found.loc[name, field] == pytest.approx(getattr(one, field), abs=1e-4), (step, name, field)
+    assert not refused and set(rows.step) == {0, 2, 4}
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize("trainer", ["dpo", "sft", "grpo", "rloo", "kto", "reward"])
 def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: Path) -> None:
     out = tmp_path / engine
     if trainer in ("dpo", "grpo"):
         small(out)  # leaves a pack for the worker
+    if trainer == "dpo":
+        write_task(out.parent / "words.jsonl")
     launch(trainer, engine, out)
     run = load_run(out)
     assert sorted(run.timeline().step.unique()) == [0, 2, 4]
@@ -123,10 +157,12 @@ def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: 
     if trainer == "dpo":
         found = claims(load_run(out).timeline())
         assert found and found == pytest.approx(claims(measure(out / "checkpoint-4").timeline()), abs=1e-4)
+        check_circuits(out, whole=engine != "zero3")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_training_on_two_processes_is_unchanged(engine: str, tmp_path: Path) -> None:
+    write_task(tmp_path / "words.jsonl")
     losses = []
     for name, bare in (("bare", "1"), ("attached", "0")):
         launch("dpo", engine, tmp_path / name, BARE=bare)
@@ -135,9 +171,14 @@ def test_training_on_two_processes_is_unchanged(engine: str, tmp_path: Path) -> 
 
 
 def test_a_failure_on_one_rank_is_agreed_on_and_costs_no_training(tmp_path: Path) -> None:
+    write_task(tmp_path / "words.jsonl")
     launch("dpo", "ddp", tmp_path / "out", FAIL_ON_RANK="1")
     run = load_run(tmp_path / "out")
-    (failure,) = [event for event in run.events if event["event"] == "failure"]
-    assert failure["step"] == 2 and "rank 1: RuntimeError: planted" in failure["reason"]
-    assert sorted(run.timeline().step.unique()) == [0, 4]
+    failures = [event for event in run.events if event["event"] == "failure"]
+    assert [(failure["step"], failure["what"]) for failure in failures] == [(2, "a measurement"), (4, "circuits")]
+    for failure, name in zip(failures, ("read_prompts", "find_wiring"), strict=True):
+        assert f"rank 1: RuntimeError: planted in {name}" in failure["reason"]
+    rows = run.timeline()
+    assert sorted(rows.step.unique()) == [0, 4]
+    assert set(rows[rows.metric.str.startswith("circuit/")].step) == {0}
     assert len(json.loads((tmp_path / "out" / "losses.json").read_text())) == 4

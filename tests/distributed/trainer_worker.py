@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,11 +38,16 @@ MORE = {
 }
 
 
+#: For trainers that have a task there.
+CIRCUITS = {"steps": 2, "random": 19}
+
+
 def config(output_dir: Path) -> dict[str, object]:
-    pack = output_dir.parent / "order.jsonl"
-    if not pack.exists():
-        return CONFIG
-    return {**CONFIG, **MORE, "concepts": {"n_pairs": 32, "packs": [str(pack)]}}
+    pack, task = output_dir.parent / "order.jsonl", output_dir.parent / "words.jsonl"
+    more: dict[str, object] = {"circuits": {**CIRCUITS, "tasks": [str(task)]}} if task.exists() else {}
+    if pack.exists():
+        more |= {**MORE, "concepts": {"n_pairs": 32, "packs": [str(pack)]}}
+    return {**CONFIG, **more}
 
 
 def deepspeed(stage: int) -> dict[str, object]:
@@ -54,6 +60,18 @@ def deepspeed(stage: int) -> dict[str, object]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
     }
+
+
+def break_at(trainer: Any, step: int, module: Any, name: str) -> None:
+    """Let a function of a module fail on this rank at one step."""
+    working = getattr(module, name)
+
+    def broken(*args: object, **kwargs: object) -> object:
+        if trainer.state.global_step == step:
+            raise RuntimeError(f"planted in {name}")
+        return working(*args, **kwargs)
+
+    setattr(module, name, broken)
 
 
 def main(name: str, engine: str, output_dir: str, model_dir: str) -> None:
@@ -72,16 +90,10 @@ def main(name: str, engine: str, output_dir: str, model_dir: str) -> None:
         settings = config(Path(output_dir))
         attach(trainer, {**settings, "on_error": "warn"} if "FAIL_ON_RANK" in os.environ else settings)
     if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", "0"):
-        import interp_rlhf.reading as reading
+        from interp_rlhf import mechanisms, reading
 
-        working = reading.read_prompts
-
-        def broken(*args: object, **kwargs: object) -> object:
-            if trainer.state.global_step == 2:
-                raise RuntimeError("planted")
-            return working(*args, **kwargs)
-
-        reading.read_prompts = broken
+        break_at(trainer, 2, reading, "read_prompts")
+        break_at(trainer, 4, mechanisms, "find_wiring")
     trainer.train()
     if trainer.accelerator.is_main_process:
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
