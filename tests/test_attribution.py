@@ -374,3 +374,71 @@ def test_bad_inputs_are_named():
             attribute_edges(model, clean, bad, logit_diff)
     with pytest.raises(MeasurementError, match="'acdc'"):
         attribute_edges(model, clean, corrupt, logit_diff, method="acdc")  # pyrefly: ignore
+
+
+# ------------------------------------------------------------------------------------------ what the wiring is sure of
+
+
+def test_a_hook_that_changes_a_projection_or_a_norm_is_refused():
+    clean, corrupt = pair()
+    for place in ("self_attn.v_proj", "self_attn.o_proj", "input_layernorm"):
+        model = make_model("llama")
+        model.model.layers[1].get_submodule(place).register_forward_hook(lambda m, a, o: 3 * o)
+        with pytest.raises(HookpointError, match="found another one: is there a hook"):
+            attribute_edges(model, clean, corrupt, logit_diff)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_branches_are_refused_in_any_precision(dtype: torch.dtype):
+    with pytest.raises(HookpointError, match=r"layers\.0"):
+        find_wiring(make_model("granite").to(dtype))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_give_the_same_scores_up_to_rounding(model_type: str, dtype: torch.dtype):
+    model = make_model(model_type)
+    clean, corrupt = pair()
+    expected = attribute_edges(model, clean, corrupt, logit_diff).scores
+    found = attribute_edges(model.to(dtype), clean, corrupt, logit_diff).scores
+    assert (found - expected).abs().max() <= (1e-5 if dtype == torch.float64 else 0.1) * expected.abs().max()
+
+
+def test_an_adapter_on_a_projection_with_a_large_bias_loses_no_weight_in_bf16():
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model("qwen2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.mul_(300)
+    model = model.to(torch.bfloat16)
+    clean, corrupt = pair()
+    expected = attribute_edges(model, clean, corrupt, logit_diff).scores
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["k_proj"]))  # B = 0: the same function
+    found = attribute_edges(adapted, clean, corrupt, logit_diff).scores
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_norms_that_an_adapter_trains_are_read_as_trained():
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["input_layernorm", "model.norm"])
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    clean, corrupt = pair()
+    found = attribute_edges(adapted, clean, corrupt, logit_diff).scores
+    expected = attribute_edges(adapted.merge_and_unload(), clean, corrupt, logit_diff).scores
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_inference_mode_around_the_call_changes_nothing():
+    model = make_model("llama")
+    clean, corrupt = pair()
+    expected = attribute_edges(model, clean, corrupt, logit_diff).scores
+    with torch.inference_mode():
+        inside = [{"input_ids": each["input_ids"] + 0} for each in (clean, corrupt)]
+        assert torch.equal(attribute_edges(model, *inside, logit_diff).scores, expected)

@@ -112,7 +112,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.training = False
         no_autocast = torch.autocast(device.type, enabled=False)
-        with unchanged_random_states(), torch.no_grad(), no_autocast, _uncompiled(modules):
+        with torch.inference_mode(False), unchanged_random_states(), torch.no_grad(), no_autocast, _uncompiled(modules):
             yield
     finally:
         for module, flag in zip(modules, training, strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from interp_rlhf.circuits.graph import Circuit, Graph, strongest
+from interp_rlhf.errors import MeasurementError
 
 #: Shares of all edges at which circuits are cut (those of the benchmark by Mueller et al. 2025, arXiv 2504.13151).
 SHARES: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -49,8 +50,13 @@ def faithfulness_curve(
         full, empty: metric ``[n]`` with all edges, with none.
         shares: of all possible edges; each gives at least one edge.
         absolute: by size of the score; else by the score itself, most negative (most helpful) first.
+
+    Raises:
+        MeasurementError: corrupting everything has no effect.
     """
     whole = float((full - empty).mean())
+    if not whole:
+        raise MeasurementError("faithfulness: M(full) equals M(∅), a share of no effect is undefined")
     sizes = [max(1, round(share * circuit.graph.size)) for share in shares]
     found = []
     for size in sizes:

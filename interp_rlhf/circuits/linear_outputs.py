@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from interp_rlhf.circuits.linear import effective_weight
 from interp_rlhf.circuits.norms import Norm
 from interp_rlhf.circuits.passes import Pass, output_hook
-from interp_rlhf.circuits.wiring import Wiring, effective_weight, first_input
+from interp_rlhf.circuits.wiring import Wiring, first_input
 from interp_rlhf.errors import MeasurementError
 
 #: Tokens of the pass on which they are found.
@@ -32,26 +33,10 @@ def weight_along(module: nn.Module, norm: Norm | None, vectors: Tensor) -> Tenso
         raise MeasurementError(f"components: {type(module).__name__}: found {kind} weights, expected floating point")
     through = vectors if norm is None else norm.transposed(vectors)
     shift = vectors.new_zeros(len(vectors)) if norm is None else vectors @ norm.shift
-    matrix = _matrix(module)
+    matrix = effective_weight(module)
     with torch.no_grad():
         bias = module.forward(weight.new_zeros(1, matrix.shape[1]))[0].float()
     return torch.cat((through @ matrix, (through @ bias)[:, None], shift[:, None]), 1)
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """Weight ``[out, in]`` float32. LoRA's is put together here: in the dtype of the model its change would be lost."""
-    given: Any = module
-    if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
-        return effective_weight(module).float()
-    active = [name for name in given.active_adapters if name in given.lora_A]
-    if any(name in getattr(given, "lora_variant", ()) for name in active):
-        return effective_weight(module).float()
-    matrix = effective_weight(given.base_layer).float()
-    if not (given.merged or given.disable_adapters):
-        for name in active:
-            down, up = (effective_weight(pair[name]).float() for pair in (given.lora_A, given.lora_B))
-            matrix = matrix + up @ down * given.scaling[name]
-    return matrix
 
 
 def last_linears(wiring: Wiring, depth: int) -> list[nn.Module | None]:

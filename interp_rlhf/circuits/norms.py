@@ -68,14 +68,26 @@ def find_norm(module: nn.Module, width: int, device: torch.device, dtype: torch.
     """The formula of ``module`` if it is a norm over ``width`` channels, else ``None``.
 
     A formula is taken only if it reproduces the module's own output on probes of two sizes, one so small that ε rules.
-    The module's hooks do not run.
+    The module's hooks do not run. A norm may be wrapped (PEFT does that to norms it trains): the formula is then that
+    of the module inside which answers as the whole does.
     """
-    values = vars(module)
-    eps = next((float(values[name]) for name in _EPSILON if isinstance(values.get(name), float)), None)
-    if eps is None or any(True for _ in module.children()):
+    inside = [child for child in module.modules() if _epsilon(child) is not None]
+    if module not in inside and not hasattr(module, "modules_to_save"):
         return None
+    found = (_formula(child, module, width, device, dtype) for child in inside)
+    return next((norm for norm in found if norm is not None), None)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    values = vars(module)
+    return next((float(values[name]) for name in _EPSILON if isinstance(values.get(name), float)), None)
+
+
+def _formula(module: nn.Module, whole: nn.Module, width: int, device: torch.device, dtype: torch.dtype) -> Norm | None:
+    """The formula with the weights of ``module`` if ``whole`` follows it."""
+    eps = _epsilon(module)
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    if any(p is not None and p.shape != (width,) for p in (weight, bias)):
+    if eps is None or any(p is not None and p.shape != (width,) for p in (weight, bias)):
         return None
     ones, zeros = torch.ones(width, device=device), torch.zeros(width, device=device)
     shift = zeros if bias is None else bias.detach().float()
@@ -84,20 +96,22 @@ def find_norm(module: nn.Module, width: int, device: torch.device, dtype: torch.
     probe = torch.cat((probe + 0.5, (probe + 0.5) * eps**0.5)).to(dtype)
     with torch.no_grad():
         try:
-            expected = module.forward(probe)
+            expected = whole.forward(probe)
         except (TypeError, RuntimeError, ValueError):
             return None
     for scale in scales:
         for centred in (False, True):
             norm = Norm(scale, shift, eps, centred)
-            if isinstance(expected, Tensor) and _close(norm(probe), expected):
+            if isinstance(expected, Tensor) and close(norm(probe), expected):
                 return norm
     return None
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether a float32 formula gives what a module gave in its own type, up to rounding."""
     if found.shape != expected.shape:
         return False
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 16 * torch.finfo(expected.dtype).eps
+    full = expected.dtype in (torch.float32, torch.float64)
+    tolerance = 1e-4 if full else 16 * torch.finfo(expected.dtype).eps
     error = (found - expected.float()).abs().amax()
     return bool(error <= tolerance * expected.float().abs().amax().clamp(min=1e-3))

@@ -335,7 +335,8 @@ def paired_inputs(clean: Mapping[str, Tensor], corrupt: Mapping[str, Tensor], de
     Raises:
         MeasurementError: other shapes, or a row whose clean and corrupt texts differ in length or padding.
     """
-    clean, corrupt = _arguments("clean", clean, device), _arguments("corrupt", corrupt, device)
+    with torch.inference_mode(False):  # autograd takes no tensors that were made in inference mode
+        clean, corrupt = _arguments("clean", clean, device), _arguments("corrupt", corrupt, device)
     shapes = [list(each["input_ids"].shape) for each in (clean, corrupt)]
     if shapes[0] != shapes[1]:
         raise MeasurementError(f"corrupt: input_ids: expected shape {shapes[0]} like clean, found {shapes[1]}")
@@ -362,5 +363,7 @@ def _arguments(name: str, given: Mapping[str, Tensor], device: torch.device) -> 
             f"{name}: expected input_ids and attention_mask of one shape [B, T], found {list(ids.shape)} and "
             f"{list(mask.shape)}"
         )
-    ids, mask = ids.to(device), mask.to(device)
+    if ids.is_floating_point() or bool((ids < 0).any()) or not bool(((mask == 0) | (mask == 1)).all()):
+        raise MeasurementError(f"{name}: expected token ids of 0 or more and a mask of 0 and 1, found others")
+    ids, mask = (value.to(device, torch.long, copy=value.is_inference()) for value in (ids, mask))
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}

@@ -22,6 +22,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import yaml
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from interp_rlhf.activations.tokenizers import tokenizer_hash
@@ -108,11 +110,16 @@ class Task:
     def halves(self, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Indices of the pairs to select on and of those to evaluate on: disjoint, together all of them.
 
-        Pairs with the same clean prompt stay in one half; the sizes are as equal as that allows.
+        Pairs with the same clean prompt stay in one half, and so do pairs of which one's corrupt prompt is another's
+        clean one; the sizes are as equal as that allows.
         """
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, pair in enumerate(self.pairs):
-            groups.setdefault(pair.clean, []).append(index)
+        place = {clean: number for number, clean in enumerate(dict.fromkeys(pair.clean for pair in self.pairs))}
+        ends = [(place[pair.clean], place.get(pair.corrupt, place[pair.clean])) for pair in self.pairs]
+        links = coo_array((np.ones(len(ends)), tuple(np.array(ends).T)), shape=(len(place), len(place)))
+        _, label = connected_components(links, directed=False)
+        groups: dict[int, list[int]] = {}
+        for index, (clean, _) in enumerate(ends):
+            groups.setdefault(int(label[clean]), []).append(index)
         shuffled = list(groups.values())
         order = np.random.default_rng(seed).permutation(len(shuffled))
         halves: tuple[list[int], list[int]] = ([], [])

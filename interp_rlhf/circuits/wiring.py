@@ -31,7 +31,8 @@ from interp_rlhf.activations.capturing import first_tensor
 from interp_rlhf.activations.engines import Engine, find_engine, measuring
 from interp_rlhf.activations.hookpoints import ModelLayout, layout
 from interp_rlhf.circuits.graph import Graph
-from interp_rlhf.circuits.norms import Norm, find_norm
+from interp_rlhf.circuits.linear import check_linear, effective_weight
+from interp_rlhf.circuits.norms import Norm, close, find_norm
 from interp_rlhf.errors import HookpointError, MeasurementError
 
 #: Tokens of the pass on which the wiring is traced.
@@ -52,7 +53,7 @@ class Projection:
 
     def weight(self) -> Tensor:
         """Rows of the effective weight, ``[n, dh, d]`` float32."""
-        return effective_weight(self.module)[self.columns].float()
+        return effective_weight(self.module)[self.columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Block:
 
     def output_weight(self) -> Tensor:
         """``W_O`` per head with the linear part of a norm that follows: ``[H, dh, d]`` float32."""
-        weight = effective_weight(self.output).float().T.unflatten(0, (self.q.columns.shape[0], -1))
+        weight = effective_weight(self.output).T.unflatten(0, (self.q.columns.shape[0], -1))
         return weight if self.attention_post is None else self.attention_post.linear(weight)
 
 
@@ -101,25 +102,6 @@ class Wiring:
     blocks: tuple[Block, ...]
     final: nn.Module | None
     graph: Graph
-
-
-def effective_weight(module: nn.Module) -> Tensor:
-    """Weight ``[out, in]`` of a linear module as it acts now, LoRA or another linear adapter included.
-
-    Anything but a plain linear layer is asked for its answer to the unit vectors; its hooks do not run.
-    """
-    if type(module) is nn.Linear:
-        return module.weight.detach()
-    if type(module) is Conv1D:
-        return module.weight.detach().T
-    weight = next(module.parameters())
-    width: Any = getattr(module, "in_features", None)
-    if not isinstance(width, int):
-        raise HookpointError(f"{type(module).__name__}: expected a linear module with in_features, found none")
-    with torch.no_grad():
-        basis = torch.eye(width, device=weight.device, dtype=weight.dtype)
-        rows: Tensor = module.forward(torch.cat((basis, torch.zeros_like(basis[:1]))))
-    return (rows[:-1] - rows[-1:]).T
 
 
 def find_wiring(model: nn.Module, *, layers: str | None = None) -> Wiring:
@@ -221,10 +203,9 @@ def _block(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], index: int) -> B
         for norm, module in ((before, q.module), (reader, mlp))
     )
     parallel = None if not added.any() else _same(read_mlp, x)
-    _check_sum(index, layer, "its attention reads its input", read, x)
-    _check_sum(index, layer, "its MLP reads its input plus attention", read_mlp, x if parallel else x + added)
-    whole = x + added + added_mlp
-    _check_sum(index, layer, "its output is its input plus attention plus MLP", seen[layer].output, whole)
+    _check_block(index, layer, parallel, x, read, read_mlp, added, added_mlp, seen[layer].output)
+    for name, module in {"queries": q.module, "keys": k.module, "values": v.module, "attention output": output}.items():
+        check_linear(f"layers.{index}: {name}", module, seen[module].input, seen[module].output)
     return Block(
         layer=layer,
         q=q,
@@ -244,6 +225,25 @@ def _block(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], index: int) -> B
     )
 
 
+def _check_block(
+    index: int,
+    layer: nn.Module,
+    parallel: bool | None,
+    x: Tensor,
+    read: Tensor,
+    read_mlp: Tensor,
+    added: Tensor,
+    added_mlp: Tensor,
+    out: Tensor,
+) -> None:
+    """Refuse a layer that is not the sum of its input ``x`` and what its two branches add."""
+    _check_sum(index, layer, "its attention reads its input", read, x)
+    _check_sum(index, layer, "its MLP reads its input plus attention", read_mlp, x if parallel else x + added)
+    _check_sum(index, layer, "its output is its input plus attention plus MLP", out, x + added + added_mlp)
+    _check_scale(index, layer, "attention", out - x - added_mlp if parallel else read_mlp - x, added, x)
+    _check_scale(index, layer, "MLP", out - x - added, added_mlp, x)
+
+
 def _check_sum(index: int, layer: nn.Module, what: str, found: Tensor, expected: Tensor) -> None:
     tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 8 * torch.finfo(found.dtype).eps
     scale = expected.float().abs().amax()
@@ -254,12 +254,36 @@ def _check_sum(index: int, layer: nn.Module, what: str, found: Tensor, expected:
         )
 
 
+def _check_scale(index: int, layer: nn.Module, what: str, found: Tensor, branch: Tensor, stream: Tensor) -> None:
+    """Refuse a branch that is scaled before it is added, where rounding of the stream lets that be seen."""
+    found, branch, stream = (value.reshape(stream.shape).float() for value in (found, branch, stream))
+    seen = branch.abs() > 64 * torch.finfo(layer_dtype(layer)).eps * (stream.abs() + found.abs())
+    if int(seen.sum()) < 16:
+        return
+    slope = float((found[seen] * branch[seen]).sum() / branch[seen].square().sum())
+    if abs(slope - 1) > 0.05:
+        raise HookpointError(
+            f"layers.{index}: {type(layer).__name__} is not supported for circuits: expected that it adds its {what} "
+            f"as it is, found that it adds {slope:.2f} times it"
+        )
+
+
+def layer_dtype(layer: nn.Module) -> torch.dtype:
+    """Floating type of a layer's parameters."""
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
+
+
 def _norms(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], owner: nn.Module) -> Iterator[tuple[nn.Module, Norm]]:
     for module in owner.children():
         if module in seen:
             value = seen[module].output
             norm = find_norm(module, parts.d_model, value.device, seen[module].input.dtype)
             if norm is not None:
+                if not close(norm(seen[module].input), value):
+                    raise HookpointError(
+                        f"{type(module).__name__}: expected its output to be its input, normed; found another one: is "
+                        "there a hook on it?"
+                    )
                 yield module, norm
 
 

@@ -22,6 +22,8 @@ _NO_BAND = "too few random circuits for a band to compare faithfulness with"
 Word = Literal["same", "relocated", "different", "diffuse", "lost", "undetermined"]
 #: Words that raise an alarm.
 ALARMS: tuple[Word, ...] = ("different", "diffuse", "lost")
+#: Words whose effect is too small, or too little known, for its sign to be told.
+_NO_SIGN: tuple[Word, ...] = ("lost", "undetermined")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class CircuitEvidence:
         f_own: F now of the circuit extracted now.
         f_control: F now of the control task's step-0 circuit; enters the reason only.
         random_high: upper end of the band of random circuits now.
+        flipped: whether M(full) − M(∅) now has the other sign than at step 0; enters the reason only.
     """
 
     start_effect: bool
@@ -49,6 +52,7 @@ class CircuitEvidence:
     f_own: float | None
     f_control: float | None
     random_high: float | None
+    flipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,9 @@ def circuit_evidence(start: Mapping[str, Row], now: Mapping[str, Row]) -> Circui
     def high(rows: Mapping[str, Row]) -> float | None:
         return rows["circuit/faithfulness_index"].null_high if "circuit/faithfulness_index" in rows else None
 
+    def effect(rows: Mapping[str, Row]) -> float:
+        return (value(rows, "metric") or 0.0) - (value(rows, "metric_corrupt") or 0.0)
+
     return CircuitEvidence(
         start_effect="circuit/effect_ratio" in start,
         f_index_start=value(start, "faithfulness_index"),
@@ -98,6 +105,7 @@ def circuit_evidence(start: Mapping[str, Row], now: Mapping[str, Row]) -> Circui
         f_own=value(now, "faithfulness_own"),
         f_control=value(now, "faithfulness_control"),
         random_high=high(now),
+        flipped=effect(start) * effect(now) < 0,
     )
 
 
@@ -120,7 +128,8 @@ def circuit_verdict(evidence: CircuitEvidence) -> Verdict:
     """
     _check(evidence)
     found = _of_effect(evidence) or _of_start(evidence) or _of_circuits(evidence)
-    return Verdict(found[0], found[1], found[0] in ALARMS)
+    sign = " The effect has the opposite sign of step 0's." if evidence.flipped and found[0] not in _NO_SIGN else ""
+    return Verdict(found[0], found[1] + sign, found[0] in ALARMS)
 
 
 def _of_effect(e: CircuitEvidence) -> tuple[Word, str] | None:
