@@ -14,7 +14,7 @@ from tiny_models import CONFIGS
 from torch import Tensor
 from trainers.comparing import assert_same, run
 from trainers.table import causal_lm, trainers, trl_version
-from trainers.tiny_runs import StopAt, assert_rows_equal, live, small, train, verify
+from trainers.tiny_runs import StopAt, assert_rows_equal, interp_log, live, small, train, verify
 from trainers.token_tasks import write_task
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -125,7 +125,7 @@ def check_saved(folder: Path, step: int, model: Any, handle: Any) -> None:
     assert len(tensors["blocks_a"]) == 8
     for half, blocks in ((select, tensors["blocks_a"]), (evaluate, tensors["blocks_b"])):
         for index in (0, 7):
-            batch = task.batch([half[index]], 0)
+            batch = task.batch([half[index + 8], half[index]], 0)
             circuit = attribute_edges(model, batch.clean, batch.corrupt, batch.metric, method="eap-ig", steps=2)
             scores = circuit.scores[circuit.graph.possible]
             torch.testing.assert_close(blocks[index], scores, atol=1e-6 * float(scores.abs().max()), rtol=1e-6)
@@ -162,11 +162,13 @@ def test_circuits_have_a_cadence_of_their_own_and_their_time_is_counted(tmp_path
     config = settings(folder, schedule={"every": 1}, circuits={"every": 3})
     began = time.monotonic()
     changes = {**BRIEF, "max_steps": 7, "save_strategy": "steps", "save_steps": 5}
-    _, handle = train("dpo", folder, config, **changes)
+    trainer, handle = train("dpo", folder, config, **changes)
     took = time.monotonic() - began
     timeline, own = handle.timeline(), handle.callback._run
     assert list(rows_of(timeline).index) == [0, 3, 5, 7]  # due, due, saved, the end
     assert sorted(timeline.step.unique()) == list(range(8))
+    logged = {step for step, row in interp_log(trainer).items() if any("/circuit/" in key for key in row)}
+    assert logged == {3, 7}
     cost = timeline.pivot_table(index="step", columns="metric", values="value", aggfunc="sum")
     circuits = cost["circuit/seconds"].loc[3:].sum()
     assert own.spent == pytest.approx(cost["cost/seconds"].sum() + own.circuits.seconds, rel=1e-6)

@@ -13,7 +13,7 @@ from trainers.table import causal_lm
 _TOKENS = (4, 94)
 
 
-def write_task(path: Path, *, metric: str = "logit_diff", n: int = 16, length: int = 6, seed: int = 0) -> str:
+def write_task(path: Path, *, metric: str = "logit_diff", n: int = 32, length: int = 6, seed: int = 0) -> str:
     """A task file of ``n`` pairs of ``length`` and one token more; gives its path.
 
     Clean prompts end in one token, corrupt ones in another, after the same random tokens but one. Answers and wrong
