@@ -22,7 +22,8 @@ from interp_rlhf.circuits.faithfulness import random_circuits
 from interp_rlhf.circuits.graph import Graph, strongest
 from interp_rlhf.circuits.matching import NodeMatching
 from interp_rlhf.circuits.node_outputs import NodeOutputs, node_outputs
-from interp_rlhf.circuits.task_runs import TaskRuns, attribute_task
+from interp_rlhf.circuits.passes import Sources
+from interp_rlhf.circuits.task_runs import TaskRuns, attribute_task, task_mean
 from interp_rlhf.circuits.tasks import Task
 from interp_rlhf.circuits.wiring import Wiring, find_wiring
 from interp_rlhf.config import CircuitsConfig
@@ -109,7 +110,14 @@ class Reader:
         wiring = together(lambda: find_wiring(model, layers=layers), world)
         return cls(model, wiring, config, pad_token_id, seed, world)
 
-    def scores(self, task: Task, pairs: Sequence[int]) -> Tensor:
+    def baseline(self, task: Task, pairs: Sequence[int]) -> Sources | None:
+        """What the ablation ``mean`` puts in, over the corrupt texts of some pairs; ``None`` for other ablations."""
+        if self.config.ablation != "mean":
+            return None
+        options = {"pad_token_id": self.pad_token_id, "batch_size": self.config.batch_size}
+        return together(lambda: task_mean(self.model, self.wiring, task, pairs, **options), self.world)
+
+    def scores(self, task: Task, pairs: Sequence[int], baseline: Sources | None = None) -> Tensor:
         """Mean edge scores of some pairs, ``[S, T]``."""
         config = self.config
         circuit = attribute_task(
@@ -123,22 +131,22 @@ class Reader:
             steps=config.steps,
             ablation=config.ablation,
             memory=config.memory,
+            baseline=baseline,
         )
         return circuit.scores
 
-    def blocks(self, task: Task, pairs: Sequence[int]) -> Tensor:
+    def blocks(self, task: Task, pairs: Sequence[int], baseline: Sources | None = None) -> Tensor:
         """Mean edge scores of each of K blocks of pairs of equal size, ``[K, S, T]``; a rest of pairs is left out."""
         k = min(BLOCKS, len(pairs))
         even = pairs[: len(pairs) - len(pairs) % k]
-        return torch.stack(spread(k, lambda i: self.scores(task, even[i::k]), self.world))
+        return torch.stack(spread(k, lambda i: self.scores(task, even[i::k], baseline), self.world))
 
-    def runs(self, task: Task, pairs: Sequence[int]) -> TaskRuns:
+    def runs(self, task: Task, pairs: Sequence[int], baseline: Sources | None = None) -> TaskRuns:
         """The model as any circuit, on some pairs."""
-        options = {"pad_token_id": self.pad_token_id, "batch_size": self.config.batch_size}
-        ablation = self.config.ablation
-        return together(
-            lambda: TaskRuns(self.model, self.wiring, task, pairs, ablation=ablation, **options), self.world
-        )
+        config = self.config
+        options = {"pad_token_id": self.pad_token_id, "batch_size": config.batch_size, "memory": config.memory}
+        ablated = {"ablation": config.ablation, "baseline": baseline}
+        return together(lambda: TaskRuns(self.model, self.wiring, task, pairs, **options, **ablated), self.world)
 
     def nodes(self, task: Task, pairs: Sequence[int]) -> NodeOutputs:
         """What the nodes output, the same numbers on all ranks: nodes are matched by them."""
@@ -151,16 +159,18 @@ def start_mechanism(reader: Reader, task: Task, control: Task | None) -> Mechani
     began = time.monotonic()
     graph = reader.wiring.graph
     select, evaluate = task.halves(reader.seed)
-    blocks = [reader.blocks(task, half) for half in (select, evaluate)]
+    baseline = reader.baseline(task, select)
+    blocks = [reader.blocks(task, half, baseline) for half in (select, evaluate)]
     scores = blocks[0].mean(0)
-    size = _size(reader, task, select, scores)
+    size = _size(reader, task, select, scores, baseline)
     chosen = strongest(graph, scores, size)
     other = None
     if control is not None:
         half, _ = control.halves(reader.seed)
-        other = strongest(graph, reader.blocks(control, half).mean(0), size)
+        other = strongest(graph, reader.blocks(control, half, reader.baseline(control, half)).mean(0), size)
     nodes = reader.nodes(task, select)
-    reading = _read(reader, task, evaluate, blocks, nodes, [chosen, chosen, chosen], other, size, 0, began)
+    runs = reader.runs(task, evaluate, baseline)
+    reading = _read(reader, runs, blocks, nodes, [chosen, chosen, chosen], other, size, 0, began)
     return MechanismStart(task, select, evaluate, graph, size, reading, other)
 
 
@@ -174,19 +184,20 @@ def read_mechanism(reader: Reader, start: MechanismStart) -> MechanismReading:
     graph, task = reader.wiring.graph, start.task
     if graph != start.graph:
         raise MeasurementError(f"task {task.name!r}: circuits of {start.graph} cannot be compared with {graph}")
-    blocks = [reader.blocks(task, half) for half in (start.select, start.evaluate)]
+    baseline = reader.baseline(task, start.select)
+    blocks = [reader.blocks(task, half, baseline) for half in (start.select, start.evaluate)]
     own = strongest(graph, blocks[0].mean(0), start.size)
     nodes, then = reader.nodes(task, start.select), start.reading.nodes
     matching = NodeMatching.of_outputs(graph, then.heads, nodes.heads, then.mlps, nodes.mlps)
     matched, dropped = matching.map_edges(start.reading.own, graph)
     chosen = [start.reading.own, matched, own]
-    return _read(reader, task, start.evaluate, blocks, nodes, chosen, start.control, start.size, dropped, began)
+    runs = reader.runs(task, start.evaluate, baseline)
+    return _read(reader, runs, blocks, nodes, chosen, start.control, start.size, dropped, began)
 
 
 def _read(
     reader: Reader,
-    task: Task,
-    evaluate: Sequence[int],
+    runs: TaskRuns,
     blocks: Sequence[Tensor],
     nodes: NodeOutputs,
     chosen: Sequence[Tensor],
@@ -196,7 +207,7 @@ def _read(
     began: float,
 ) -> MechanismReading:
     """Run every circuit on the evaluation half."""
-    graph, runs = reader.wiring.graph, reader.runs(task, evaluate)
+    graph = reader.wiring.graph
     drawn = random_circuits(graph, size, reader.config.random, reader.seed)
     circuits = [*chosen, *([] if control is None else [control]), *drawn]
     found = _each(circuits, runs, reader.world)
@@ -227,13 +238,13 @@ def _each(circuits: Sequence[Tensor], run: Callable[[Tensor], Tensor], world: Wo
     return [done[circuit.numpy().tobytes()] for circuit in circuits]
 
 
-def _size(reader: Reader, task: Task, select: Sequence[int], scores: Tensor) -> int:
+def _size(reader: Reader, task: Task, select: Sequence[int], scores: Tensor, baseline: Sources | None) -> int:
     """Edges of a circuit: as configured, else the fewest of :data:`SIZES` that are faithful on the selecting half."""
     graph, wanted = reader.wiring.graph, reader.config.size
     if wanted != "auto":
         return max(1, round(wanted * graph.size))
     sizes = sorted({max(1, round(share * graph.size)) for share in SIZES})
-    runs = reader.runs(task, select)
+    runs = reader.runs(task, select, baseline)
     whole = run_on_main(lambda: float((runs.clean - runs.corrupt).mean()), reader.world)
 
     def effect(i: int) -> float:

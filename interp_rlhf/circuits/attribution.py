@@ -20,7 +20,7 @@ from interp_rlhf.activations.engines import measuring
 from interp_rlhf.circuits.contraction import Weights, edge_scores
 from interp_rlhf.circuits.graph import Circuit
 from interp_rlhf.circuits.interventions import Ablation, Intervention, ablated, checked, difference
-from interp_rlhf.circuits.passes import Metric, Pair, Pass, paired_inputs, read_gradients, read_sources
+from interp_rlhf.circuits.passes import Metric, Pair, Pass, Sources, paired_inputs, read_gradients, read_sources
 from interp_rlhf.circuits.wiring import Wiring, find_wiring
 from interp_rlhf.errors import MeasurementError
 
@@ -112,11 +112,12 @@ def attribute_pair(
     ablation: Ablation,
     reads: str | None,
     memory: int,
+    baseline: Sources | None = None,
 ) -> Tensor:
     """Scores ``[S, T]`` on one batch of a model whose wiring is known, inside ``measuring``; see above."""
     if method == "exact":
-        return _exact(wiring, pair, metric, ablation, reads)
-    return _attribute(wiring, pair, metric, steps if method == "eap-ig" else 0, ablation, reads, memory)
+        return _exact(wiring, pair, metric, ablation, reads, baseline)
+    return _attribute(wiring, pair, metric, steps if method == "eap-ig" else 0, ablation, reads, memory, baseline)
 
 
 def _attribute(
@@ -127,12 +128,13 @@ def _attribute(
     ablation: Ablation,
     reads: str | None,
     memory: int,
+    baseline: Sources | None,
 ) -> Tensor:
     """Mean scores ``[S, T]``; ``steps = 0`` is EAP."""
     clean = Pass(wiring, pair[0], reads)
     rows, memory = len(pair[0]["input_ids"]), memory * 2**20
     weights = Weights(wiring, memory)
-    baseline = ablated(wiring, pair[1], ablation, reads)
+    baseline = ablated(wiring, pair[1], ablation, reads, baseline)
     if not steps:
         found = read_gradients(clean, lambda now: checked(metric(now, now.detach()), rows), sources=True)
         deltas = difference(baseline, found.sources)
@@ -159,10 +161,12 @@ def _towards(clean: Pass, delta: Tensor, share: float) -> Callable[[Tensor], Ten
     return move
 
 
-def _exact(wiring: Wiring, pair: Pair, metric: Metric, ablation: Ablation, reads: str | None) -> Tensor:
+def _exact(
+    wiring: Wiring, pair: Pair, metric: Metric, ablation: Ablation, reads: str | None, baseline: Sources | None
+) -> Tensor:
     """Metric with one edge corrupted − clean metric, for every edge, mean over examples ``[S, T]``."""
     graph = wiring.graph
-    run = Intervention(wiring, pair, metric, ablation, reads)
+    run = Intervention(wiring, pair, metric, ablation, reads, baseline=baseline)
     scores = torch.zeros(len(graph.sources), len(graph.targets))
     edges = graph.possible.nonzero().tolist()
     for source, target in tqdm(edges, desc="exact edge patching", unit="edge", disable=len(edges) < _MANY):

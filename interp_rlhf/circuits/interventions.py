@@ -23,18 +23,24 @@ from interp_rlhf.errors import MeasurementError
 
 Ablation = Literal["patching", "mean", "zero"]
 
-#: A projection, its first column among the targets, and its place in :meth:`Intervention.weights`.
+#: A projection, its first column among the targets, and its place in :class:`RunWeights`.
 _Role = tuple[Projection, int, int]
 
 
 def ablated(
-    wiring: Wiring, corrupt: Mapping[str, Tensor], ablation: Ablation, reads: str | None = None
+    wiring: Wiring,
+    corrupt: Mapping[str, Tensor],
+    ablation: Ablation,
+    reads: str | None = None,
+    baseline: Sources | None = None,
 ) -> Sources | None:
-    """What corrupted components write; ``None`` for nothing at all."""
+    """What corrupted components write, ``None`` for nothing at all; a ``mean`` is ``[1, ...]``, of ``corrupt``."""
     if ablation == "zero":
         return None
+    if ablation == "mean" and baseline is not None:
+        return baseline
     written = written_on(wiring, corrupt, reads)
-    return written.map(lambda value: value.mean(0, keepdim=True).expand_as(value)) if ablation == "mean" else written
+    return written.map(lambda value: value.mean(0, keepdim=True)) if ablation == "mean" else written
 
 
 def difference(baseline: Sources | None, written: Sources | None) -> Sources:
@@ -63,27 +69,57 @@ def checked(values: Tensor, rows: int) -> Tensor:
     return values
 
 
+class RunWeights:
+    """Each layer's weights in float32, kept where all fit into half of ``memory`` MiB, else only the last layer's."""
+
+    def __init__(self, wiring: Wiring, memory: int) -> None:
+        parts, graph = wiring.parts, wiring.graph
+        size = 8 * parts.n_layers * (graph.n_heads + graph.n_kv_heads) * parts.head_dim * parts.d_model
+        self._wiring, self._keep = wiring, size <= memory * 2**19
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, ...]:
+        """``W_O`` per head ``[H, dh, d]``, then rows of query, key and value per head ``[n, dh, d]``."""
+        if layer not in self._kept:
+            if not self._keep:
+                self._kept.clear()
+            block = self._wiring.blocks[layer]
+            roles = (role.weight() for role in (block.q, block.k, block.v))
+            self._kept[layer] = (block.output_weight(), *roles)
+        return self._kept[layer]
+
+
 class Intervention:
     """Runs a model as any circuit over one batch. Use it inside :func:`~interp_rlhf.activations.engines.measuring`.
 
-    Holds every component's difference between corrupt and current run, ``S·N·d`` numbers, while a run lasts.
+    Holds every component's difference between corrupt and current run, ``S·N·d`` float32 numbers, while a run lasts:
+    nothing bounds that but the batch (:class:`~interp_rlhf.circuits.task_runs.TaskRuns` splits batches by it).
 
     Attributes:
         graph: the model's.
         clean: metric ``[B]`` of the clean run, M(full).
         corrupt: metric ``[B]`` with nothing but corrupted components, M(∅).
+        weights: the layers' weights, which interventions on one model may share.
     """
 
     def __init__(
-        self, wiring: Wiring, pair: Pair, metric: Metric, ablation: Ablation = "patching", reads: str | None = None
+        self,
+        wiring: Wiring,
+        pair: Pair,
+        metric: Metric,
+        ablation: Ablation = "patching",
+        reads: str | None = None,
+        *,
+        baseline: Sources | None = None,
+        weights: RunWeights | None = None,
     ) -> None:
         self._wiring, self._pair, self._reads = wiring, pair, reads
         self._metric = metric
         self.graph = wiring.graph
         with torch.no_grad():
             self._clean_result = Pass(wiring, pair[0], reads).run()
-            self._baseline = ablated(wiring, pair[1], ablation, reads)
-        self._weights: dict[int, tuple[Tensor, ...]] = {}
+            self._baseline = ablated(wiring, pair[1], ablation, reads, baseline)
+        self.weights = RunWeights(wiring, 512) if weights is None else weights
         self.clean = self._values(self._clean_result)
         self.corrupt = self(torch.zeros_like(wiring.graph.possible))
 
@@ -123,14 +159,6 @@ class Intervention:
         kept = graph.possible.clone()
         kept[graph.sources.index(name)] = False
         return self(kept)
-
-    def weights(self, layer: int) -> tuple[Tensor, ...]:
-        """``W_O`` per head ``[H, dh, d]``, then rows of query, key and value per head ``[n, dh, d]``."""
-        if layer not in self._weights:
-            block = self._wiring.blocks[layer]
-            roles = (role.weight() for role in (block.q, block.k, block.v))
-            self._weights[layer] = (block.output_weight(), *roles)
-        return self._weights[layer]
 
     def bias(self, role: Projection) -> Tensor:
         """What a projection gives for a zero input, per head ``[n, dh]`` float32."""
@@ -204,7 +232,7 @@ class _Run:
             if is_mlp:
                 gone = gone[None]
             else:
-                gone = torch.bmm(gone.unflatten(1, (heads, -1)).transpose(0, 1), self._owner.weights(layer)[0])
+                gone = torch.bmm(gone.unflatten(1, (heads, -1)).transpose(0, 1), self._owner.weights[layer][0])
             self._buffer[self._filled : self._filled + len(gone)] = gone
             self._filled += len(gone)
         return self._buffer[:known]
@@ -265,7 +293,7 @@ class _Run:
                 continue
             stream = self._x[index] + self._correction(self._known(index), slice(column, column + n))[lacking]
             stream = stream if norm is None else norm(stream)
-            weight, bias = self._owner.weights(index)[which][lacking], self._owner.bias(role)[lacking]
+            weight, bias = self._owner.weights[index][which][lacking], self._owner.bias(role)[lacking]
             heads = torch.bmm(stream, weight.transpose(1, 2)) + bias[:, None]
             values[:, role.columns[lacking].flatten()] = heads.transpose(0, 1).flatten(1).to(values.dtype)
         changed[mask] = values

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from interp_rlhf.activations.engines import measuring
 from interp_rlhf.circuits.attribution import Method, attribute_pair
 from interp_rlhf.circuits.graph import Circuit
-from interp_rlhf.circuits.interventions import Ablation, Intervention
-from interp_rlhf.circuits.passes import paired_inputs
+from interp_rlhf.circuits.interventions import Ablation, Intervention, RunWeights
+from interp_rlhf.circuits.passes import Sources, paired_inputs, written_on
 from interp_rlhf.circuits.tasks import Task, TaskBatch
 from interp_rlhf.circuits.wiring import Wiring
 from interp_rlhf.errors import MeasurementError
@@ -29,8 +29,14 @@ def attribute_task(
     steps: int = 5,
     ablation: Ablation = "patching",
     memory: int = 512,
+    baseline: Sources | None = None,
 ) -> Circuit:
-    """Edge scores of a task, mean over the rows of the ``pairs`` (indices); arguments as in ``attribute_edges``."""
+    """Edge scores of a task, mean over the rows of the ``pairs`` (indices); arguments as in ``attribute_edges``.
+
+    ``baseline``: what the ablation ``mean`` puts in (:func:`task_mean`); of these pairs when not given.
+    """
+    if ablation == "mean" and baseline is None:
+        baseline = task_mean(model, wiring, task, pairs, pad_token_id=pad_token_id, batch_size=batch_size)
     total, rows = torch.zeros(wiring.graph.possible.shape, dtype=torch.float64), 0
     with measuring(model):
         for batch in _batches(task, pairs, pad_token_id, batch_size):
@@ -44,6 +50,7 @@ def attribute_task(
                 ablation=ablation,
                 reads=batch.reads,
                 memory=memory,
+                baseline=baseline,
             )
             total += scores.double() * len(batch.ids)
             rows += len(batch.ids)
@@ -66,6 +73,43 @@ def _batches(task: Task, pairs: Sequence[int], pad_token_id: int, size: int) -> 
         yield task.batch(pairs[start : start + size], pad_token_id)
 
 
+def task_mean(
+    model: nn.Module, wiring: Wiring, task: Task, pairs: Sequence[int], *, pad_token_id: int, batch_size: int = 16
+) -> Sources:
+    """What every component writes on the corrupt texts of the ``pairs``, mean over all their tokens, ``[1, ...]``."""
+    sums: list[Tensor] = []
+    layers, tokens = 0, 0
+    with measuring(model):
+        for batch in _batches(task, pairs, pad_token_id, batch_size):
+            _, corrupt = paired_inputs(batch.clean, batch.corrupt, wiring.engine.device)
+            written = written_on(wiring, corrupt, batch.reads)
+            found = [x.double().sum(0, keepdim=True) for x in (written.embed, *written.heads, *written.mlps)]
+            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+            layers, tokens = len(written.heads), tokens + len(written.embed)
+    embed, *rest = [(value / tokens).float() for value in sums]
+    return Sources(embed, tuple(rest[:layers]), tuple(rest[layers:]))
+
+
+def _fitting(
+    task: Task, pairs: Sequence[int], pad_token_id: int, size: int, wiring: Wiring, memory: int
+) -> Iterator[TaskBatch]:
+    """Batches of at most ``size`` pairs whose differences, ``4·S·rows·T·d`` bytes, fit into ``memory`` MiB."""
+    start = 0
+    while start < len(pairs):
+        chosen = pairs[start : start + size]
+        for batch in _batches(task, chosen, pad_token_id, len(chosen)):
+            needed = 4 * len(wiring.graph.sources) * batch.clean["input_ids"].numel() * wiring.parts.d_model / 2**20
+            if needed <= memory:
+                yield batch
+                start += len(chosen)
+            elif len(chosen) == 1:
+                raise MeasurementError(
+                    f"memory: task {task.name!r}: expected at least {needed:.1f} MiB for one pair, found {memory}"
+                )
+            else:
+                size = len(chosen) // 2
+
+
 class TaskRuns:
     """Runs a model as any circuit on some pairs of a task. Holds for the weights of now: make a new one after a step.
 
@@ -84,13 +128,24 @@ class TaskRuns:
         pad_token_id: int,
         batch_size: int = 16,
         ablation: Ablation = "patching",
+        memory: int = 512,
+        baseline: Sources | None = None,
     ) -> None:
+        if not pairs:
+            raise MeasurementError(f"task {task.name!r}: expected at least one pair, found none")
+        if ablation == "mean" and baseline is None:
+            baseline = task_mean(model, wiring, task, pairs, pad_token_id=pad_token_id, batch_size=batch_size)
+        weights = RunWeights(wiring, memory)
         self._model = model
         self._runs: list[tuple[TaskBatch, Intervention]] = []
         with measuring(model):
-            for batch in _batches(task, pairs, pad_token_id, batch_size):
-                inputs = paired_inputs(batch.clean, batch.corrupt, wiring.engine.device)
-                self._runs.append((batch, Intervention(wiring, inputs, batch.metric, ablation, batch.reads)))
+            for batch in _fitting(task, pairs, pad_token_id, batch_size, wiring, memory):
+                inputs, shared = (
+                    paired_inputs(batch.clean, batch.corrupt, wiring.engine.device),
+                    (ablation, batch.reads),
+                )
+                run = Intervention(wiring, inputs, batch.metric, *shared, baseline=baseline, weights=weights)
+                self._runs.append((batch, run))
         self.clean = self._per_pair([run.clean for _, run in self._runs])
         self.corrupt = self._per_pair([run.corrupt for _, run in self._runs])
 
