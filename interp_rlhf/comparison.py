@@ -36,6 +36,7 @@ from interp_rlhf.starts import (
     Place,
     Start,
     circuit_rows_of,
+    component_rows_of,
     first_snapshot,
     is_run,
     last_snapshot,
@@ -312,7 +313,8 @@ def _read(start: Start, place: Place, first: Place) -> tuple[Reading, int, tuple
         return stored_reading(last, start.baseline.table, start.baseline.plan.hookpoints, MEANS), last.step, ()
     base = None if is_run(first) or names_its_base(place) else first
     model, step = load_for(start, place, base=base), max(checkpoint_step(place) or 1, start.step + 1)
-    return read_model(start, model), step, circuit_rows_of(start, model, step, start.segment)
+    components = component_rows_of(start, model, step, start.segment)
+    return read_model(start, model), step, (*components, *circuit_rows_of(start, model, step, start.segment))
 
 
 def _timeline(start: Start, reading: Reading, step: int, circuits: tuple[Measurement, ...]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from interp_rlhf.audit.timeline import to_frame
 from interp_rlhf.audit.weights import weight_hashes
 from interp_rlhf.baseline import Baseline, baseline_tensors, direction_tensors, reading_tensors
 from interp_rlhf.checkpoints import checkpoint_step, load_tokenizer, model_folder, names_its_base, short_name
+from interp_rlhf.component_drift import ComponentStart, component_tensors
 from interp_rlhf.errors import ConfigError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import cost_rows
@@ -34,6 +35,7 @@ from interp_rlhf.report.tables import COST, Summary, summarise
 from interp_rlhf.starts import (
     Place,
     Start,
+    component_rows_of,
     load_for,
     own_run,
     read_model,
@@ -133,6 +135,7 @@ def measure(
         rows = (
             *start.compare(reading, step, segment),
             *rollout_rows_of(start, model, step, segment),
+            *component_rows_of(start, model, step, segment),
             *circuit_rows(start.mechanisms, mechanisms, start.config, segment, step),
         )
         drawn = [
@@ -220,6 +223,10 @@ def write_run(
     tensors = baseline_tensors(start.table, start.first, start.again) | direction_tensors(baseline)
     for mechanism in start.mechanisms:
         tensors |= mechanism_tensors(mechanism)
+    if isinstance(start.components, ComponentStart):
+        tensors |= component_tensors(start.components)
+    else:
+        tensors |= start.components or {}
     seconds = start.first.seconds + start.again.seconds
     told = _with_cost(start.rows(1), baseline, start.step, seconds, start.first.tokens + start.again.tokens)
     store.append(told)

@@ -21,14 +21,15 @@ from interp_rlhf.audit.timeline import live_limits
 from interp_rlhf.audit.weights import COPY
 from interp_rlhf.baseline import FIRST, LOG_PROBS, TEXT_IDS, Baseline, fit_baseline, stored_readings
 from interp_rlhf.checkpoints import Precision, load_checkpoint, load_tokenizer, model_folder, short_name
+from interp_rlhf.component_drift import ComponentStart, component_rows, read_changes, start_components
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World
-from interp_rlhf.errors import ConfigError, FormatError, PromptError
+from interp_rlhf.errors import ConfigError, FormatError, HookpointError, MeasurementError, PromptError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.measuring import drift_rows, start_rows
 from interp_rlhf.mechanisms import MechanismStart
 from interp_rlhf.offline_circuits import circuit_rows, circuits_of, read_mechanisms, stored_mechanisms
-from interp_rlhf.plan import Plan, TextTable, make_plan
+from interp_rlhf.plan import Plan, Refusal, TextTable, make_plan
 from interp_rlhf.provenance import run_info, tokenizer_hash
 from interp_rlhf.reading import Reading, read_table
 from interp_rlhf.rollouts import measure_rollouts, rollout_rows, stored_rollouts
@@ -57,6 +58,8 @@ class Start:
         precision: in which checkpoints are loaded.
         wrote: what the start of the run wrote, lines and tensors; ``None`` where nothing was sampled.
         mechanisms: of the tasks whose circuits are followed.
+        components: what θ_0's readings are made of, or the tensors that a run has kept of it; ``None``: not known.
+        unsplit: why drift is not split among components; empty where there is nothing to say.
     """
 
     name: str
@@ -73,11 +76,14 @@ class Start:
     precision: Precision = torch.float32
     wrote: tuple[Sequence[Mapping[str, Any]], Mapping[str, torch.Tensor]] | None = None
     mechanisms: tuple[MechanismStart, ...] = ()
+    components: ComponentStart | Mapping[str, torch.Tensor] | None = None
+    unsplit: str = ""
 
     @property
     def events(self) -> list[dict[str, Any]]:
         """What was asked for and refused, as timeline events."""
-        return [{"event": "refused", **asdict(refusal)} for refusal in self.baseline.refused]
+        more = [Refusal("components", "", self.unsplit)] if self.unsplit else []
+        return [{"event": "refused", **asdict(refusal)} for refusal in (*self.baseline.refused, *more)]
 
     def rows(self, segment: int | None = None) -> tuple[Measurement, ...]:
         """Rows of the start itself: the same weights read twice."""
@@ -140,6 +146,7 @@ def start_of_run(run: Place, checkpoint: Path | None = None) -> Start:
         precision="auto",  # as they were trained
         wrote=(lines, tensors) if lines else None,
         mechanisms=stored_mechanisms(tensors, stored.events, plan, config, str(stored.path)),
+        components={name: value for name, value in tensors.items() if name.startswith("components/")} or None,
     )
 
 
@@ -166,6 +173,8 @@ def start_of_model(base: Place, *, config: Any, data: Place | None, like: Start 
     table = plan.table(fit=True, bank=True)
     first = read_table(model, table, plan, settings, World())
     again = read_table(model, table, plan, settings, World(), side="left", longest_first=False)
+    baseline = fit_baseline(plan, table, first, again, settings)
+    components, unsplit = _components(model, baseline, settings)
     return Start(
         name=short_name(base),
         step=0,
@@ -175,11 +184,25 @@ def start_of_model(base: Place, *, config: Any, data: Place | None, like: Start 
         table=table,
         first=first,
         again=again,
-        baseline=fit_baseline(plan, table, first, again, settings),
+        baseline=baseline,
         info=MappingProxyType(run_info(settings, plan, model, tokenizer, "", World())),
         tokenizer=tokenizer,
         mechanisms=read_mechanisms(model, plan, settings),
+        components=components,
+        unsplit=unsplit,
     )
+
+
+def _components(
+    model: torch.nn.Module, baseline: Baseline, settings: InterpConfig
+) -> tuple[ComponentStart | None, str]:
+    """What the readings are made of, or why that cannot be told."""
+    if settings.components is False:
+        return None, ""
+    try:
+        return start_components(model, baseline, settings), ""
+    except (HookpointError, MeasurementError) as error:  # told among what was refused
+        return None, str(error)
 
 
 def _plan_of(settings: InterpConfig, data: Place | None, model: torch.nn.Module, tokenizer: Any) -> Plan:
@@ -333,6 +356,16 @@ def circuit_rows_of(start: Start, model: torch.nn.Module, step: int, segment: in
     """``circuit/*`` rows as a live run writes them, without cost; none where no circuits are followed."""
     readings = circuits_of(start.mechanisms, model, start.plan, start.config)
     return circuit_rows(start.mechanisms, readings, start.config, segment, step)
+
+
+def component_rows_of(start: Start, model: torch.nn.Module, step: int, segment: int) -> tuple[Measurement, ...]:
+    """``component/*`` rows as a live run writes them at a save; none where the start was not split."""
+    begun, baseline, config = start.components, start.baseline, start.config
+    if isinstance(begun, Mapping):
+        begun = start_components(model, baseline, config, begun)
+    if begun is None:
+        return ()
+    return component_rows(begun, read_changes(model, begun, baseline, config), baseline, config, segment, step)
 
 
 def _check_tokenizer(start: Start, folder: Path, tokenizer: Any) -> None:

@@ -35,7 +35,8 @@ def test_nothing_depends_on_the_batch_size(ablation, margin: bool):
         found.append((scores, runs.clean, runs.corrupt, runs(selected)))
         assert runs.clean.shape == (8,)
     for other in found[1:]:
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0], other, strict=True))
+        for a, b in zip(found[0], other, strict=True):  # gradients at zeroed embeddings are large: ε of the norm rules
+            assert (a - b).abs().max() <= 1e-5 * max(1.0, float(a.abs().max()))
 
 
 def test_refusals():
