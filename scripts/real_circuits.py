@@ -73,7 +73,7 @@ def dpo(
     )  # fmt: skip
     tasks = write_tasks(folder.parent / "tasks", tokenizer)
     off = {name: {"enabled": False} for name in ("probes", "rollouts", "snapshots")}
-    off |= {"concepts": {"packs": []}, "components": False, "prompts": {"n": 16}}
+    off |= {"concepts": {"packs": [], "n_pairs": 32}, "components": False, "prompts": {"n": 16}}
     circuits = {"tasks": [tasks["pronoun"]], "control": tasks["name"], "batch_size": 64, "every": steps}
     handle = attach(trainer, {"circuits": circuits, "control": control, "schedule": {"every": steps}, **off})
     trainer.train()
