@@ -139,9 +139,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[int]]]:
 
 
 def test_circuits_are_selected_on_one_half_and_run_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    used, start = recorded(monkeypatch), judge().start
+    start = judge().start  # before calls are recorded
+    used = recorded(monkeypatch)
     select, evaluate = set(start.select), set(start.evaluate)
     assert not select & evaluate and select | evaluate == set(range(64)) and len(select) == 32
+    start_mechanism(judge()._reader(model()), start.task, None)
+    assert used["run"] == [select, evaluate], "the size is found on the half that selects"
+    assert set.union(*used["scored"][:8]) == select
+    used["run"].clear(), used["scored"].clear()
     found = judge()(model()).reading
     assert used["run"] == [evaluate]
     assert [pairs <= select for pairs in used["scored"]] == [True] * 8 + [False] * 8
