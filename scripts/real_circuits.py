@@ -60,7 +60,7 @@ def dpo(
 
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(stories, padding_side="left")
-    data = Dataset.from_list([pair for pair in pairs if max(map(len, pair.values())) <= 400][:320])
+    data = Dataset.from_list([pair for pair in pairs if max(map(len, pair.values())) <= 400][:128])
     args = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=steps, logging_steps=10, learning_rate=lr,
         save_strategy="no", report_to=[], use_cpu=True, seed=seed, disable_tqdm=True, bf16=False, max_length=160,
@@ -74,7 +74,7 @@ def dpo(
     tasks = write_tasks(folder.parent / "tasks", tokenizer)
     off = {name: {"enabled": False} for name in ("probes", "rollouts", "snapshots")}
     off |= {"concepts": {"packs": [], "n_pairs": 32}, "components": False, "prompts": {"n": 16}}
-    circuits = {"tasks": [tasks["pronoun"]], "control": tasks["name"], "batch_size": 64, "every": steps}
+    circuits = {"tasks": [tasks["pronoun"]], "control": tasks["name"], "batch_size": 64, "steps": 3, "every": steps}
     handle = attach(trainer, {"circuits": circuits, "control": control, "schedule": {"every": steps}, **off})
     trainer.train()
     return handle
