@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def test_one_flag_makes_a_control_run(repository: Path, tmp_path: Path):
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.distributed
 def test_the_launcher_starts_two_processes(engine: str, repository: Path, tmp_path: Path):
+    if engine == ("ddp" if version("trl").startswith("1.12.") else "zero2"):
+        pytest.skip(f"{engine} is tested on the other TRL line")
     path = write_run(tmp_path, preferences(24), max_length=32)
     environment = {
         **os.environ,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +34,8 @@ from interp_rlhf.plan import TextTable
 from interp_rlhf.readouts.packs import load_pack, render
 from interp_rlhf.stored_plan import load_plan
 
+#: What the two tested TRL lines share out among each other: both run ZeRO-3, and DPO under every engine.
+ELSEWHERE = "ddp" if version("trl").startswith("1.12.") else "zero2"
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
 
@@ -138,6 +141,8 @@ def check_circuits(out: Path, *, whole: bool) -> None:
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize("trainer", ["dpo", "sft", "grpo", "rloo", "kto", "reward"])
 def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: Path) -> None:
+    if trainer != "dpo" and engine == ELSEWHERE:
+        pytest.skip(f"{engine} is tested on the other TRL line")
     out = tmp_path / engine
     if trainer in ("dpo", "grpo"):
         small(out)  # leaves a pack for the worker
@@ -162,6 +167,8 @@ def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_training_on_two_processes_is_unchanged(engine: str, tmp_path: Path) -> None:
+    if engine == ELSEWHERE:
+        pytest.skip(f"{engine} is tested on the other TRL line")
     write_task(tmp_path / "words.jsonl")
     losses = []
     for name, bare in (("bare", "1"), ("attached", "0")):
