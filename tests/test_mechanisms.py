@@ -79,6 +79,18 @@ def test_permuted_heads_are_relocated(layer: int) -> None:
     assert found["effect_ratio"] == pytest.approx(1, abs=1e-5) and found["structure_change"] > 0.2
 
 
+@pytest.mark.parametrize("layer", [PREVIOUS[0], LOOKUP[0]])
+def test_heads_that_write_nothing_do_not_say_where_a_key_value_head_went(layer: int) -> None:
+    """Only the planted heads write anything: each shares its key-value head with one that has no output."""
+    silent = [(at, head) for at in range(3) for head in range(4) if (at, head) not in PLANTED]
+    bare = scale_heads(model(), silent, 0)
+    before = Judge(bare, *tasks(), steps=2, random=19)
+    found = before(permute_heads(bare, layer))
+    start = before.before["circuit/faithfulness_index"].value
+    assert found.verdict.word == "relocated"
+    assert found["faithfulness_matched"] == pytest.approx(start, abs=1e-5)
+
+
 @pytest.mark.parametrize("head", [PREVIOUS, LOOKUP])
 def test_a_mechanism_without_its_head_is_lost(head: tuple[int, int]) -> None:
     found = judge()(scale_heads(model(), [head], 0))

@@ -107,7 +107,8 @@ class NodeMatching:
                 found = [len(outputs) for outputs in pair]
                 raise MeasurementError(f"node matching: {kind}: expected {expected[kind]} on both sides, found {found}")
         heads = match_nodes(heads_0, heads_t)
-        return cls(heads, _match_groups(heads, graph), match_nodes(mlps_0, mlps_t))
+        speaks = (_directions(heads_0)[1] > 0) & (_directions(heads_t)[1] > 0)[heads]
+        return cls(heads, _match_groups(heads, speaks, graph), match_nodes(mlps_0, mlps_t))
 
     def map_edges(self, selected: Bool[Tensor, "s t"], graph: Graph) -> tuple[Bool[Tensor, "s t"], int]:
         """The same circuit between the nodes that now do what its nodes did.
@@ -164,11 +165,14 @@ def _assign(similarity: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
     return matches
 
 
-def _match_groups(heads: Int[Tensor, " lh"], graph: Graph) -> Int[Tensor, " lg"]:
-    """One-to-one assignment of key-value heads that keeps most query heads with theirs, else at its own index."""
+def _match_groups(heads: Int[Tensor, " lh"], speaks: Bool[Tensor, " lh"], graph: Graph) -> Int[Tensor, " lg"]:
+    """One-to-one assignment of key-value heads that keeps most query heads with theirs, else at its own index.
+
+    Only query heads in ``speaks`` count: where the output does not vary, the match says nothing about its group.
+    """
     each, n = graph.n_heads // graph.n_kv_heads, graph.n_layers * graph.n_kv_heads
-    votes, one = torch.zeros(n, n, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    votes.index_put_((torch.arange(len(heads)) // each, heads // each), one, accumulate=True)
+    votes = torch.zeros(n, n, dtype=torch.float64)
+    votes.index_put_((torch.arange(len(heads)) // each, heads // each), speaks.double(), accumulate=True)
     return _assign(votes + torch.eye(n, dtype=torch.float64) / (2 * n))
 
 
