@@ -12,7 +12,7 @@ from torch import nn
 
 from interp_rlhf.activations.hookpoints import parse_hookpoint
 from interp_rlhf.activations.reference import Reference
-from interp_rlhf.baseline import Baseline
+from interp_rlhf.baseline import Baseline, ConceptBaseline
 from interp_rlhf.causal import LEAST_DIRECTIONS, causal_share
 from interp_rlhf.circuits.wiring import partition_problem
 from interp_rlhf.config import InterpConfig
@@ -51,8 +51,8 @@ def causal_rows(
         places: concepts and hookpoints, from :func:`standing_out`.
     """
     for name, hookpoint in places:
-        reason = _problem(model, reference, baseline, name, hookpoint, config)
         concept = next((c for c in baseline.concepts if c.name == name), None)
+        reason = _problem(model, reference, baseline, concept, hookpoint, config)
         if reason or concept is None or concept.texts is None or reference is None:
             yield Refusal(f"causal share of {name}", hookpoint, reason)
             continue
@@ -77,10 +77,14 @@ def causal_rows(
 
 
 def _problem(
-    model: nn.Module, reference: Reference | None, baseline: Baseline, name: str, hookpoint: str, config: InterpConfig
+    model: nn.Module,
+    reference: Reference | None,
+    baseline: Baseline,
+    concept: ConceptBaseline | None,
+    hookpoint: str,
+    config: InterpConfig,
 ) -> str:
-    """Why there is no share; empty where there is none to speak against."""
-    concept = next((c for c in baseline.concepts if c.name == name), None)
+    """Why there is no share; empty where nothing speaks against one."""
     if concept is None or concept.texts is None or not concept.texts.held:
         return "a direction without contrast pairs has no behaviour to explain"
     if not baseline.plan.behaviour:

@@ -52,7 +52,7 @@ def attribute_edges(
     method        gradient
     ============  ====================================================================================================
     ``eap``       at the clean input: two forward passes, one backward pass
-    ``eap-ig``    mean over embeddings ``corrupt + k/m·(clean − corrupt)``, k = 0 … m − 1: 1 + m forward passes, m
+    ``eap-ig``    mean over embeddings ``corrupt + k/m·(clean − corrupt)``, k = 0 … m − 1: 2 + m forward passes, m
                   backward passes (Hanna et al. 2024)
     ``exact``     none: every edge is corrupted in a forward pass of its own, score = metric then − clean metric
     ============  ====================================================================================================

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from interp_rlhf.circuits.graph import Circuit, Graph, check_graph
+from interp_rlhf.circuits.linear import constant
 from interp_rlhf.circuits.norms import Norm
 from interp_rlhf.circuits.passes import Metric, Pair, Pass, SourceRecorder, Sources, input_hook, written_on
 from interp_rlhf.circuits.wiring import Block, Projection, Wiring, replaced_input
@@ -99,6 +100,7 @@ class Intervention:
         graph: the model's.
         clean: metric ``[B]`` of the clean run, M(full).
         corrupt: metric ``[B]`` with nothing but corrupted components, M(∅).
+        baseline: what corrupted components write; ``None``: nothing.
         weights: the layers' weights, which interventions on one model may share.
     """
 
@@ -118,7 +120,7 @@ class Intervention:
         self.graph = wiring.graph
         with torch.no_grad():
             self._clean_result = Pass(wiring, pair[0], reads).run()
-            self._baseline = ablated(wiring, pair[1], ablation, reads, baseline)
+            self.baseline = ablated(wiring, pair[1], ablation, reads, baseline)
         self.weights = RunWeights(wiring, 512) if weights is None else weights
         self.clean = self._values(self._clean_result)
         self.corrupt = self(torch.zeros_like(wiring.graph.possible))
@@ -159,17 +161,6 @@ class Intervention:
         kept = graph.possible.clone()
         kept[graph.sources.index(name)] = False
         return self(kept)
-
-    def bias(self, role: Projection) -> Tensor:
-        """What a projection gives for a zero input, per head ``[n, dh]`` float32."""
-        parameter = next(role.module.parameters())
-        zero = torch.zeros(1, self._wiring.parts.d_model, device=parameter.device, dtype=parameter.dtype)
-        return role.module.forward(zero)[0, role.columns].float()
-
-    @property
-    def baseline(self) -> Sources | None:
-        """What corrupted components write."""
-        return self._baseline
 
 
 def selection(circuit: Circuit, graph: Graph) -> Tensor:
@@ -293,7 +284,10 @@ class _Run:
                 continue
             stream = self._x[index] + self._correction(self._known(index), slice(column, column + n))[lacking]
             stream = stream if norm is None else norm(stream)
-            weight, bias = self._owner.weights[index][which][lacking], self._owner.bias(role)[lacking]
+            weight, bias = (
+                self._owner.weights[index][which][lacking],
+                constant(role.module, self._wiring.parts.d_model)[role.columns[lacking]],
+            )
             heads = torch.bmm(stream, weight.transpose(1, 2)) + bias[:, None]
             values[:, role.columns[lacking].flatten()] = heads.transpose(0, 1).flatten(1).to(values.dtype)
         changed[mask] = values

@@ -97,17 +97,17 @@ def _fitting(
     start = 0
     while start < len(pairs):
         chosen = pairs[start : start + size]
-        for batch in _batches(task, chosen, pad_token_id, len(chosen)):
-            needed = 4 * len(wiring.graph.sources) * batch.clean["input_ids"].numel() * wiring.parts.d_model / 2**20
-            if needed <= memory:
-                yield batch
-                start += len(chosen)
-            elif len(chosen) == 1:
-                raise MeasurementError(
-                    f"memory: task {task.name!r}: expected at least {needed:.1f} MiB for one pair, found {memory}"
-                )
-            else:
-                size = len(chosen) // 2
+        batch = task.batch(chosen, pad_token_id)
+        needed = 4 * len(wiring.graph.sources) * batch.clean["input_ids"].numel() * wiring.parts.d_model / 2**20
+        if needed <= memory:
+            yield batch
+            start += len(chosen)
+        elif len(chosen) == 1:
+            raise MeasurementError(
+                f"memory: task {task.name!r}: expected at least {needed:.1f} MiB for one pair, found {memory}"
+            )
+        else:
+            size = len(chosen) // 2
 
 
 class TaskRuns:
@@ -140,11 +140,10 @@ class TaskRuns:
         self._runs: list[tuple[TaskBatch, Intervention]] = []
         with measuring(model):
             for batch in _fitting(task, pairs, pad_token_id, batch_size, wiring, memory):
-                inputs, shared = (
-                    paired_inputs(batch.clean, batch.corrupt, wiring.engine.device),
-                    (ablation, batch.reads),
+                inputs = paired_inputs(batch.clean, batch.corrupt, wiring.engine.device)
+                run = Intervention(
+                    wiring, inputs, batch.metric, ablation, batch.reads, baseline=baseline, weights=weights
                 )
-                run = Intervention(wiring, inputs, batch.metric, *shared, baseline=baseline, weights=weights)
                 self._runs.append((batch, run))
         self.clean = self._per_pair([run.clean for _, run in self._runs])
         self.corrupt = self._per_pair([run.corrupt for _, run in self._runs])
