@@ -22,7 +22,8 @@ def comparison_lines(found: Comparison) -> Iterator[str]:
             yield f"  {title}: {'none' if not findings else ''}".rstrip()
             yield from (_finding(finding) for finding in findings)
         for mechanism in summary.mechanisms:
-            yield f"  mechanism of {mechanism.task}: {mechanism.word or 'not judged'}. {mechanism.why}".rstrip()
+            said = f"{mechanism.word or 'not judged'}. {mechanism.why} {mechanism.against_controls}"
+            yield f"  mechanism of {mechanism.task}: {said}".rstrip()
     if found.differences:
         yield "Differences on the same prompts (other - first), intervals that leave out 0 marked !:"
     for d in found.differences:

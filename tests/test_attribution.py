@@ -18,7 +18,7 @@ from interp_rlhf.activations.capturing import first_tensor
 from interp_rlhf.activations.engines import measuring
 from interp_rlhf.circuits.contraction import Weights, attention_readers, mlp_reader
 from interp_rlhf.circuits.passes import Pass, paired_inputs, read_gradients, read_sources
-from interp_rlhf.circuits.wiring import find_wiring
+from interp_rlhf.circuits.wiring import Block, find_wiring
 
 SUPPORTED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi", "phi3"]
 SUPPORTED += ["olmo2", "mixtral", "starcoder2", "smollm3", "cohere", "gpt_neo"]
@@ -273,8 +273,19 @@ def test_memory_bounds_the_chunks_and_changes_nothing():
     circuit = attribute_edges(model, clean, corrupt, logit_diff)
     small = attribute_edges(model, clean, corrupt, logit_diff, memory=1)
     assert (circuit.scores - small.scores).abs().max() <= 5e-6 * circuit.scores.abs().max()
-    with pytest.raises(MeasurementError, match=r"memory: expected at least .* MiB"):
+    with pytest.raises(MeasurementError, match=r"memory: expected at least 1 MiB for this model, found 0$"):
         attribute_edges(model, clean, corrupt, logit_diff, memory=0)
+
+
+@pytest.mark.parametrize("mebibytes", [0, 512])
+def test_exact_patching_keeps_weights_only_as_memory_allows(mebibytes: int, monkeypatch: pytest.MonkeyPatch):
+    model = make_model("llama")
+    clean, corrupt = pair()
+    made: list[int] = []
+    weight = Block.output_weight
+    monkeypatch.setattr(Block, "output_weight", lambda block: made.append(1) or weight(block))
+    attribute_edges(model, clean, corrupt, logit_diff, method="exact", memory=mebibytes)
+    assert (len(made) <= 2 * model.config.num_hidden_layers) == bool(mebibytes)
 
 
 @pytest.mark.parametrize("ablation", ["patching", "mean", "zero"])
@@ -353,6 +364,8 @@ def test_nothing_is_left_behind(method: str):
         (lambda now, then: 1.0, r"shape \[3\].*found float"),
         (lambda now, then: now[:, -1].argmax(-1), r"shape \[3\].*int64"),
         (lambda now, then: now[:, -1, 0].detach(), "do not depend on what it reads"),
+        (lambda now, then: now[:, -1, 0] - then.mul_(0.5)[:, -1, 0], "written into in place"),
+        (lambda now, then: now.sub_(now.mean())[:, -1, 0], "written into in place"),
     ],
 )
 @pytest.mark.parametrize("method", ["eap", "eap-ig"])

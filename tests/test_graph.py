@@ -200,6 +200,11 @@ def test_a_number_of_edges_that_there_are_not_is_refused(choose: str, n: int):
         getattr(made(GROUPED), choose)(n)
 
 
+def test_a_threshold_is_a_number():
+    with pytest.raises(MeasurementError, match="threshold: expected a number, found nan"):
+        made(GROUPED).threshold(float("nan"))
+
+
 def test_pruning_needs_a_selection():
     with pytest.raises(MeasurementError, match="pruned: expected a selection, found none"):
         made(GROUPED).pruned()

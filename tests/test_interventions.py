@@ -13,7 +13,7 @@ from torch import Tensor
 from interp_rlhf import MeasurementError
 from interp_rlhf.activations.engines import measuring
 from interp_rlhf.circuits.faithfulness import faithfulness_curve, random_circuits
-from interp_rlhf.circuits.graph import Circuit
+from interp_rlhf.circuits.graph import Circuit, Graph
 from interp_rlhf.circuits.interventions import Intervention
 from interp_rlhf.circuits.passes import paired_inputs
 from interp_rlhf.circuits.wiring import find_wiring
@@ -138,6 +138,25 @@ def test_the_faithfulness_curve_ends_at_one_and_areas_are_trapezoids():
     steps = list(zip(x, x[1:], y, y[1:], strict=False))
     assert curve.cpr == pytest.approx(sum((b - a) * (c + d) / 2 for a, b, c, d in steps))
     assert curve.cmd == pytest.approx(sum((b - a) * (abs(1 - c) + abs(1 - d)) / 2 for a, b, c, d in steps))
+
+
+@pytest.mark.parametrize(
+    ("full", "shares", "words"),
+    [
+        (0.0, (0.5,), r"M\(full\) − M\(∅\) is 0,"),
+        (float("nan"), (0.5,), r"M\(full\) − M\(∅\) is nan"),
+        (1.0, (), "increasing ones"),
+        (1.0, (0.5, 0.1), "increasing ones"),
+        (1.0, (0.0, 0.1), "increasing ones"),
+        (1.0, (0.5, 1.5), "increasing ones"),
+        (1.0, (0.5, float("nan")), "increasing ones"),
+    ],
+)
+def test_a_curve_of_nothing_is_refused(full: float, shares: tuple[float, ...], words: str):
+    graph = Graph(1, 2, 1, False, "M")
+    circuit = Circuit(graph, torch.zeros(graph.possible.shape))
+    with pytest.raises(MeasurementError, match=words):
+        faithfulness_curve(lambda _: torch.ones(2), circuit, torch.full((2,), full), torch.zeros(2), shares=shares)
 
 
 def test_random_circuits_have_the_size_and_are_possible():

@@ -18,6 +18,7 @@ from synthetic_run import (
     circuit_event,
     circuit_rows,
     components_event,
+    control_rows,
     make_run,
     row,
     store_run,
@@ -38,6 +39,7 @@ from interp_rlhf.report.circuits import (
     read_circuit,
 )
 from interp_rlhf.report.console import render_text
+from interp_rlhf.report.controls import ControlTable, find_controls
 from interp_rlhf.report.html import render_report
 from interp_rlhf.report.rows import current
 from interp_rlhf.report.tables import summarise
@@ -100,6 +102,45 @@ def test_rows_that_make_no_verdict_say_why() -> None:
     rows = [replace(r, value=float("inf")) if (r.metric, r.step) == ("circuit/effect_ratio", 40) else r for r in rows]
     found = one_of(rows)
     assert found.word is None and "effect_ratio: expected a finite number" in found.why
+
+
+def test_control_runs_say_whether_the_preferences_are_needed_for_it() -> None:
+    rows = [*circuit_rows("t", 0), *circuit_rows("t", 40, **ENDINGS["lost"])]
+
+    def control(number: int, word: str, step: int = 40, *, circuits: bool = True) -> ControlTable:
+        theirs = table_of([*circuit_rows("t", 0), *circuit_rows("t", step, **ENDINGS[word])])
+        return ControlTable(f"{number:02d}", "pairs swapped", theirs, circuits=circuits)
+
+    def said(*controls: ControlTable) -> str:
+        (found,) = mechanisms_of(table_of(rows), controls)
+        return found.against_controls
+
+    assert said() == ""
+    alike = "Lost in 1 of 2 control runs as well; the preferences are not needed for it."
+    assert said(control(1, "lost"), control(2, "same")) == alike
+    none = "Lost in none of 2 control runs (relocated 1, same 1; smallest possible p 0.33)."
+    assert said(control(1, "relocated"), control(2, "same")) == none
+    assert said(control(1, "lost", step=20), control(2, "lost", circuits=False)) == "", "nothing that can be compared"
+    (same,) = mechanisms_of(table_of([*circuit_rows("t", 0), *circuit_rows("t", 40)]), [control(1, "same")])
+    assert same.against_controls == "Same in 1 of 1 control run as well."
+
+
+def test_control_runs_stand_beside_verdicts_on_console_and_page(tmp_path: Path) -> None:
+    made = with_circuits(make_run(tmp_path / "interp"), {"agreeing": "lost"}, steps=(0, 20))
+    store_run(tmp_path, made.info, made.rows, made.events)
+    theirs = [*control_rows(made), *circuit_rows("agreeing", 0), *circuit_rows("agreeing", 20, **ENDINGS["lost"])]
+    control = {"number": 1, "kind": "pairs swapped", "changed": 12}
+    store_run(tmp_path / "_controls" / "01", {**made.info, "control": control}, theirs)
+    run = load_run(tmp_path)
+    controls = find_controls(run)
+    assert len(controls.used) == 1, controls.left_out
+    options = {"tolerance": 0.1, "confidence": 0.95}
+    sentence = "Lost in 1 of 1 control run as well; the preferences are not needed for it."
+    assert sentence in render_text(summarise(run.timeline(), run.events, controls=controls, **options))
+    itself = replace(controls, itself="control run 1: pairs swapped")
+    assert sentence not in render_text(summarise(run.timeline(), run.events, controls=itself, **options))
+    page = render_report(run)
+    assert sentence in page and "(in 1 of 1 control run as well)" in page
 
 
 def test_the_console_has_one_line_per_task(tmp_path: Path) -> None:

@@ -71,6 +71,16 @@ def test_what_only_makes_it_a_control_run_or_tells_of_it_may_differ(run: Synthet
     assert len(add(run, {"config": {**run.info["config"], **free}}).used) == 1
 
 
+@pytest.mark.parametrize(("theirs", "same"), [({"every": 9}, True), ({"method": "eap-ig"}, False), ({}, True)])
+def test_circuits_read_with_other_settings_are_not_compared(tmp_path: Path, theirs: dict[str, Any], same: bool) -> None:
+    run = make_run(tmp_path / "interp")
+    circuits = {"method": "eap", "every": 7}
+    run.info["config"]["circuits"] = circuits
+    store_run(tmp_path, run.info, run.rows)
+    config = run.info["config"] | {"circuits": circuits | theirs}
+    assert [control.circuits for control in add(run, {"config": config}).used] == [same]
+
+
 def test_versions_and_world_size_are_noted(run: SyntheticRun) -> None:
     (control,) = add(run, {"versions": {**run.info["versions"], "torch": "9"}, "world_size": 2}).used
     assert control.notes == ('versions.torch: "2.13.0" → "9"', "world_size: 1 → 2")

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from interp_rlhf.activations.engines import measuring
 from interp_rlhf.circuits.contraction import Weights, edge_scores
 from interp_rlhf.circuits.graph import Circuit
-from interp_rlhf.circuits.interventions import Ablation, Intervention, ablated, checked, difference
+from interp_rlhf.circuits.interventions import Ablation, Intervention, RunWeights, ablated, difference, measured
 from interp_rlhf.circuits.passes import Metric, Pair, Pass, Sources, paired_inputs, read_gradients, read_sources
 from interp_rlhf.circuits.wiring import Wiring, find_wiring
 from interp_rlhf.errors import MeasurementError
@@ -78,7 +78,7 @@ def attribute_edges(
     Raises:
         HookpointError: an architecture whose layers are not the sum of input, attention and MLP.
         MeasurementError: partitioned weights (ZeRO-3, FSDP2); inputs of unequal length; a metric that gives anything
-            but finite ``[B]``; too little memory.
+            but finite ``[B]`` or writes into what it is given; too little memory.
     """
     if method not in get_args(Method) or ablation not in get_args(Ablation) or steps < 1:
         raise MeasurementError(
@@ -116,7 +116,7 @@ def attribute_pair(
 ) -> Tensor:
     """Scores ``[S, T]`` on one batch of a model whose wiring is known, inside ``measuring``; see above."""
     if method == "exact":
-        return _exact(wiring, pair, metric, ablation, reads, baseline)
+        return _exact(wiring, pair, metric, ablation, reads, memory, baseline)
     return _attribute(wiring, pair, metric, steps if method == "eap-ig" else 0, ablation, reads, memory, baseline)
 
 
@@ -136,7 +136,7 @@ def _attribute(
     weights = Weights(wiring, memory)
     baseline = ablated(wiring, pair[1], ablation, reads, baseline)
     if not steps:
-        found = read_gradients(clean, lambda now: checked(metric(now, now.detach()), rows), sources=True)
+        found = read_gradients(clean, lambda now: measured(metric, now, now.detach()), sources=True)
         deltas = difference(baseline, found.sources)
         return (edge_scores(deltas, found, wiring, weights, memory) / rows).float().cpu()
     written, result = read_sources(clean)
@@ -144,7 +144,7 @@ def _attribute(
     total: Tensor | float = 0.0
     for k in range(steps):
         found = read_gradients(
-            clean, lambda now: checked(metric(now, result), rows), embed=_towards(clean, deltas.embed, 1 - k / steps)
+            clean, lambda now: measured(metric, now, result), embed=_towards(clean, deltas.embed, 1 - k / steps)
         )
         total = total + edge_scores(deltas, found, wiring, weights, memory)
     return (torch.as_tensor(total) / (steps * rows)).float().cpu()
@@ -162,11 +162,17 @@ def _towards(clean: Pass, delta: Tensor, share: float) -> Callable[[Tensor], Ten
 
 
 def _exact(
-    wiring: Wiring, pair: Pair, metric: Metric, ablation: Ablation, reads: str | None, baseline: Sources | None
+    wiring: Wiring,
+    pair: Pair,
+    metric: Metric,
+    ablation: Ablation,
+    reads: str | None,
+    memory: int,
+    baseline: Sources | None,
 ) -> Tensor:
     """Metric with one edge corrupted − clean metric, for every edge, mean over examples ``[S, T]``."""
     graph = wiring.graph
-    run = Intervention(wiring, pair, metric, ablation, reads, baseline=baseline)
+    run = Intervention(wiring, pair, metric, ablation, reads, baseline=baseline, weights=RunWeights(wiring, memory))
     scores = torch.zeros(len(graph.sources), len(graph.targets))
     edges = graph.possible.nonzero().tolist()
     for source, target in tqdm(edges, desc="exact edge patching", unit="edge", disable=len(edges) < _MANY):

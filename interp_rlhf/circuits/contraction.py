@@ -9,6 +9,7 @@ operations an edge.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +92,8 @@ def chunk_size(wiring: Wiring, weights: Weights, memory: int) -> int:
     rows = len(graph.sources) + 2 * readers + graph.n_heads + 8
     fits = (memory - weights.bytes) // (4 * rows * width)
     if fits < 1:
-        needed = (weights.bytes + 4 * rows * width) / 2**20
-        raise MeasurementError(f"memory: expected at least {needed:.1f} MiB for this model, found {memory / 2**20:.1f}")
+        needed = math.ceil((weights.bytes + 4 * rows * width) / 2**20)
+        raise MeasurementError(f"memory: expected at least {needed} MiB for this model, found {memory / 2**20:g}")
     return min(_CPU_TOKENS if wiring.engine.device.type == "cpu" else _DEVICE_TOKENS, fits)
 
 

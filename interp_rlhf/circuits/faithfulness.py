@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,11 +53,14 @@ def faithfulness_curve(
         absolute: by size of the score; else by the score itself, most negative (most helpful) first.
 
     Raises:
-        MeasurementError: corrupting everything has no effect.
+        MeasurementError: corrupting everything has no effect, or none that is a number; shares that do not increase
+            from above 0 to at most 1.
     """
     whole = float((full - empty).mean())
-    if not whole:
-        raise MeasurementError("faithfulness: M(full) equals M(∅), a share of no effect is undefined")
+    if not whole or not math.isfinite(whole):
+        raise MeasurementError(f"faithfulness: M(full) − M(∅) is {whole:g}, a share of that effect is undefined")
+    if not shares or not all(a < b for a, b in zip((0.0, *shares), (*shares, math.inf), strict=True)) or shares[-1] > 1:
+        raise MeasurementError(f"faithfulness: shares: expected increasing ones in (0, 1], found {list(shares)}")
     sizes = [max(1, round(share * circuit.graph.size)) for share in shares]
     found = []
     for size in sizes:

@@ -177,7 +177,13 @@ class Circuit:
         return replace(self, selected=strongest(self.graph, self.scores, n, absolute=absolute))
 
     def threshold(self, value: float, *, absolute: bool = True) -> Self:
-        """Select the edges with ``|score| ≥ value`` (or, not ``absolute``, with ``score ≤ −value``)."""
+        """Select the edges with ``|score| ≥ value`` (or, not ``absolute``, with ``score ≤ −value``).
+
+        Raises:
+            MeasurementError: ``value`` is NaN.
+        """
+        if value != value:
+            raise MeasurementError("threshold: expected a number, found nan")
         key = self.scores.abs() if absolute else -self.scores
         return replace(self, selected=(key >= value) & _possible(self.graph))
 

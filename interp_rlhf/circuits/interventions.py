@@ -70,6 +70,19 @@ def checked(values: Tensor, rows: int) -> Tensor:
     return values
 
 
+def measured(metric: Metric, now: Tensor, clean: Tensor) -> Tensor:
+    """The metric's values ``[B]`` of a result ``now`` beside the clean run's; neither may be written into.
+
+    Raises:
+        MeasurementError: values that are no finite ``[B]``, or a metric that changes what it is given.
+    """
+    before = now._version, clean._version
+    values = checked(metric(now, clean), len(now))
+    if before != (now._version, clean._version):
+        raise MeasurementError("metric: expected its arguments to stay as they are, found them written into in place")
+    return values
+
+
 class RunWeights:
     """Each layer's weights in float32, kept where all fit into half of ``memory`` MiB, else only the last layer's."""
 
@@ -126,7 +139,7 @@ class Intervention:
         self.corrupt = self(torch.zeros_like(wiring.graph.possible))
 
     def _values(self, result: Tensor) -> Tensor:
-        return checked(self._metric(result, self._clean_result), len(self._pair[0]["input_ids"])).detach()
+        return measured(self._metric, result, self._clean_result).detach()
 
     def __call__(self, circuit: Tensor | Circuit) -> Tensor:
         """Metric ``[B]`` of the run in which only the circuit's edges carry what their source writes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -104,7 +105,7 @@ def _fitting(
             start += len(chosen)
         elif len(chosen) == 1:
             raise MeasurementError(
-                f"memory: task {task.name!r}: expected at least {needed:.1f} MiB for one pair, found {memory}"
+                f"memory: task {task.name!r}: expected at least {math.ceil(needed)} MiB for one pair, found {memory}"
             )
         else:
             size = len(chosen) // 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from interp_rlhf.audit.timeline import live_events
@@ -19,6 +19,8 @@ from interp_rlhf.report.rows import measurements
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from interp_rlhf.report.controls import ControlTable
 
 #: The faithfulness of these circuits, in the order they are shown.
 FAITHFULNESS: tuple[str, ...] = (
@@ -48,6 +50,7 @@ class Mechanism:
         alarm: whether the verdict is an alarm.
         start, now: metric to row at those steps.
         evidence: what the verdict was made from.
+        controls: the verdicts of control runs about the same task at the same step.
     """
 
     task: str
@@ -59,6 +62,20 @@ class Mechanism:
     start: Mapping[str, Measurement]
     now: Mapping[str, Measurement]
     evidence: CircuitEvidence
+    controls: tuple[Word, ...] = ()
+
+    @property
+    def against_controls(self) -> str:
+        """One sentence on what became of the mechanism with scrambled preferences; empty without control runs."""
+        if self.word is None or not self.controls:
+            return ""
+        k, alike = len(self.controls), self.controls.count(self.word)
+        runs = f"{k} control run{'' if k == 1 else 's'}"
+        if alike:
+            alone = "; the preferences are not needed for it" if self.word not in ("same", "undetermined") else ""
+            return f"{self.word.capitalize()} in {alike} of {runs} as well{alone}."
+        others = ", ".join(f"{word} {self.controls.count(word)}" for word in WORDS if word in self.controls)
+        return f"{self.word.capitalize()} in none of {runs} ({others}; smallest possible p {1 / (k + 1):.2g})."
 
     @property
     def high_from(self) -> float | None:
@@ -158,18 +175,28 @@ class CircuitEvents:
     problems: tuple[str, ...]
 
 
-def mechanisms_of(table: pd.DataFrame) -> tuple[Mechanism, ...]:
+def mechanisms_of(table: pd.DataFrame, controls: Sequence[ControlTable] = ()) -> tuple[Mechanism, ...]:
     """One per task with ``circuit/*`` rows, alarms first.
 
     Args:
         table: current rows (Measurement columns), all steps.
+        controls: control runs that may be compared.
     """
+    others = [{m.task: m for m in _judged(one.table)} for one in controls if one.circuits]
+    found = []
+    for mine in _judged(table):
+        theirs = [m[mine.task] for m in others if mine.task in m]
+        words = tuple(m.word for m in theirs if m.word and (m.start_step, m.step) == (mine.start_step, mine.step))
+        found.append(replace(mine, controls=words))
+    place = {word: index for index, word in enumerate(WORDS)}
+    return tuple(sorted(found, key=lambda m: (place.get(m.word, len(WORDS)) if m.word else len(WORDS), m.task)))
+
+
+def _judged(table: pd.DataFrame) -> list[Mechanism]:
     rows: dict[str, dict[int, dict[str, Measurement]]] = defaultdict(lambda: defaultdict(dict))
     for row in measurements(table[table["metric"].str.startswith("circuit/")]):
         rows[row.readout][row.step][row.metric] = row
-    found = [_mechanism(task, steps) for task, steps in rows.items()]
-    place = {word: index for index, word in enumerate(WORDS)}
-    return tuple(sorted(found, key=lambda m: (place.get(m.word, len(WORDS)) if m.word else len(WORDS), m.task)))
+    return [_mechanism(task, steps) for task, steps in rows.items()]
 
 
 def _mechanism(task: str, steps: Mapping[int, Mapping[str, Measurement]]) -> Mechanism:

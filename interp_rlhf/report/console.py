@@ -101,7 +101,7 @@ def _mechanism_lines(summary: Summary, limit: int) -> list[str]:
 def _mechanism_line(mechanism: Mechanism, step: int | None) -> str:
     word = f"{'ALARM: ' if mechanism.alarm else ''}{mechanism.word}. " if mechanism.word else ""
     when = "" if mechanism.step == step else f" (step {mechanism.step})"
-    return f"  {mechanism.task}{when}: {word}{mechanism.why}"
+    return f"  {mechanism.task}{when}: {word}{mechanism.why} {mechanism.against_controls}".rstrip()
 
 
 def _runs(k: int) -> str:

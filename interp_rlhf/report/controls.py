@@ -55,12 +55,14 @@ class ControlTable:
         kind: what was scrambled, for example ``pairs swapped``.
         table: its current rows (Measurement columns), all steps.
         notes: what differs and is no reason to leave it out.
+        circuits: whether its circuits were read with the run's settings.
     """
 
     name: str
     kind: str
     table: pd.DataFrame = field(repr=False)
     notes: tuple[str, ...] = ()
+    circuits: bool = True
 
     def drifts(self) -> dict[tuple[str, str], float]:
         """``concept/drift`` (SD) by concept and hookpoint at its last measured step."""
@@ -186,7 +188,15 @@ def _compared(info: Mapping[str, Any]) -> dict[str, Any]:
 def _table(run: Run, control: Run, name: str) -> ControlTable:
     old, new = ({key: info.get(key) for key in _NOTED} for info in (run.info, control.info))
     kind = str(control.info["control"].get("kind"))
-    return ControlTable(name, kind, current(control.timeline()), tuple(differences(old, new)))
+    mine, theirs = (_circuits(info) for info in (run.info, control.info))
+    return ControlTable(name, kind, current(control.timeline()), tuple(differences(old, new)), mine == theirs)
+
+
+def _circuits(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of circuits, without how often they are read: a verdict is about the last reading."""
+    config = info.get("config")
+    settings = config.get("circuits") if isinstance(config, Mapping) else None
+    return {key: value for key, value in settings.items() if key != "every"} if isinstance(settings, Mapping) else {}
 
 
 def _last_step(table: pd.DataFrame) -> int | None:

@@ -195,7 +195,7 @@ def summarise(
         representation=_representation(last),
         cost=max(costs, key=lambda r: r.step) if costs else None,
         controls=_control_summary(controls, confidence),
-        mechanisms=mechanisms_of(table),
+        mechanisms=mechanisms_of(table, () if controls.itself else controls.used),
     )
 
 
