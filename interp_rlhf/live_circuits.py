@@ -71,10 +71,13 @@ class LiveCircuits:
             return
         reader = self._reader()
         tensors = run_on_main(lambda: dict(self.store.baseline() or {}), self.world) if resumed else None
+        control: list[Tensor] = []
+        if tensors is None and (other := self.plan.control_task) is not None:
+            self.attempt(step, f"circuit of {other.name}", lambda: control.append(reader.control_scores(other)))
 
         def begin(task: Task) -> None:
             if tensors is None:
-                found = start_mechanism(reader, task, self.plan.control_task)
+                found = start_mechanism(reader, task, control[0] if control else None)
             else:
                 found = stored_mechanism(tensors, task, reader.wiring.graph)
             self.starts = (*self.starts, found)

@@ -135,6 +135,11 @@ class Reader:
         )
         return circuit.scores
 
+    def control_scores(self, control: Task) -> Tensor:
+        """Edge scores ``[S, T]`` of a control task on its selecting half, for :func:`start_mechanism`."""
+        half, _ = control.halves(self.seed)
+        return self.blocks(control, half, self.baseline(control, half)).mean(0)
+
     def blocks(self, task: Task, pairs: Sequence[int], baseline: Sources | None = None) -> Tensor:
         """Mean edge scores of each of K blocks of pairs of equal size, ``[K, S, T]``; a rest of pairs is left out."""
         k = min(BLOCKS, len(pairs))
@@ -154,8 +159,12 @@ class Reader:
         return spread(1, lambda _: node_outputs(self.model, self.wiring, task, pairs, *options), self.world)[0]
 
 
-def start_mechanism(reader: Reader, task: Task, control: Task | None) -> MechanismStart:
-    """Read a task on the start's weights and fix the circuit that later weights are compared with. Collective."""
+def start_mechanism(reader: Reader, task: Task, control: Tensor | None) -> MechanismStart:
+    """Read a task on the start's weights and fix the circuit that later weights are compared with. Collective.
+
+    Args:
+        control: edge scores ``[S, T]`` of the control task (:meth:`Reader.control_scores`); ``None``: there is none.
+    """
     began = time.monotonic()
     graph = reader.wiring.graph
     select, evaluate = task.halves(reader.seed)
@@ -164,10 +173,7 @@ def start_mechanism(reader: Reader, task: Task, control: Task | None) -> Mechani
     scores = blocks[0].mean(0)
     size = _size(reader, task, select, scores, baseline)
     chosen = strongest(graph, scores, size)
-    other = None
-    if control is not None:
-        half, _ = control.halves(reader.seed)
-        other = strongest(graph, reader.blocks(control, half, reader.baseline(control, half)).mean(0), size)
+    other = None if control is None else strongest(graph, control, size)
     nodes = reader.nodes(task, select)
     runs = reader.runs(task, evaluate, baseline)
     reading = _read(reader, runs, blocks, nodes, [chosen, chosen, chosen], other, size, 0, began)

@@ -25,7 +25,8 @@ def read_mechanisms(model: nn.Module, plan: Plan, config: InterpConfig) -> tuple
     if not plan.tasks:
         return ()
     reader = _reader(model, plan, config)
-    return tuple(start_mechanism(reader, task, plan.control_task) for task in plan.tasks)
+    control = None if plan.control_task is None else reader.control_scores(plan.control_task)
+    return tuple(start_mechanism(reader, task, control) for task in plan.tasks)
 
 
 def stored_mechanisms(

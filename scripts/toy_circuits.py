@@ -174,7 +174,9 @@ class Judge:
     def __init__(self, model: Any, task: Task, control: Task | None, **circuits: Any) -> None:
         mapping = {"circuits": {"batch_size": 64, **circuits}, "statistics": {"bootstrap": 200}}
         self.config = InterpConfig.from_mapping(mapping)
-        self.start: MechanismStart = start_mechanism(self._reader(model), task, control)
+        reader = self._reader(model)
+        scores = None if control is None else reader.control_scores(control)
+        self.start: MechanismStart = start_mechanism(reader, task, scores)
         self.before = mechanism_estimates(self.start, self.start.reading, self.config)
 
     def _reader(self, model: Any) -> Reader:

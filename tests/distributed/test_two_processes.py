@@ -23,8 +23,10 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from interp_rlhf import load_run
 from interp_rlhf.activations.capturing import read_prompts
 from interp_rlhf.activations.prompts import Prompt
+from interp_rlhf.activations.reference import find_frozen
 from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.audit.verification import verify_run
+from interp_rlhf.causal import causal_share
 from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World
 from interp_rlhf.mechanism_rows import mechanism_estimates
@@ -36,6 +38,8 @@ from interp_rlhf.stored_plan import load_plan
 
 #: What the two tested TRL lines share out among each other: both run ZeRO-3, and DPO under every engine.
 ELSEWHERE = "ddp" if version("trl").startswith("1.12.") else "zero2"
+#: Where causal shares are asked for.
+PLACE = "layers.2.resid_post"
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
 
@@ -138,6 +142,34 @@ def check_circuits(out: Path, *, whole: bool) -> None:
     assert not refused and set(rows.step) == {0, 2, 4}
 
 
+def check_causes(out: Path, *, whole: bool) -> None:
+    """What a drift is made of and brings about is what one process finds on the same weights; else the reason why."""
+    run = load_run(out)
+    rows = run.timeline()
+    rows = rows[rows.step == 4]
+    parts, shares = (rows[rows.metric.str.startswith(name)] for name in ("component/", "causal/"))
+    if not whole:
+        reasons = {event["readout"]: event["reason"] for event in run.events if event["event"] == "refused"}
+        told = [reason for readout, reason in reasons.items() if readout.startswith(("components", "causal share"))]
+        assert parts.empty and shares.empty and len(told) >= 2 and all("ZeRO-3" in reason for reason in told), reasons
+        return
+    alone = measure(out / "checkpoint-4").timeline()
+    key = ["metric", "readout", "hookpoint"]
+    alone = alone[alone.metric.str.startswith("component/") & (alone.step == 4)].set_index(key).value
+    assert len(parts) and parts.set_index(key).value.to_dict() == pytest.approx(alone.to_dict(), abs=1e-4)
+    (concept,) = (one for one in load_plan(out / "_interp" / "01-plan.jsonl").concepts if one.name == "order")
+    final, direction = LlamaForCausalLM.from_pretrained(out / "checkpoint-4"), run.snapshots[0].tensors()
+    frozen = find_frozen(final, causal_lm())
+    assert frozen is not None
+    expected = causal_share(
+        final, frozen, concept.held, PLACE, direction[f"direction/order/{PLACE}"],
+        batch_size=4, pad_token_id=0, bootstrap=100, seed=0,
+    ).rows()  # fmt: skip
+    assert expected and set(shares.readout) == {"order"} and set(shares.hookpoint) == {PLACE}
+    values = {metric: estimate.value for metric, estimate in expected.items()}
+    assert shares.set_index("metric").value.to_dict() == pytest.approx(values, abs=1e-4, rel=1e-3)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize("trainer", ["dpo", "sft", "grpo", "rloo", "kto", "reward"])
 def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: Path) -> None:
@@ -148,7 +180,7 @@ def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: 
         small(out)  # leaves a pack for the worker
     if trainer == "dpo":
         write_task(out.parent / "words.jsonl")
-    launch(trainer, engine, out)
+    launch(trainer, engine, out, **({"CAUSE": f"order@{PLACE}"} if trainer == "dpo" else {}))
     run = load_run(out)
     assert sorted(run.timeline().step.unique()) == [0, 2, 4]
     assert not [event for event in run.events if event["event"] == "failure"]
@@ -163,6 +195,7 @@ def test_two_processes_read_what_one_reads(trainer: str, engine: str, tmp_path: 
         found = claims(load_run(out).timeline())
         assert found and found == pytest.approx(claims(measure(out / "checkpoint-4").timeline()), abs=1e-4)
         check_circuits(out, whole=engine != "zero3")
+        check_causes(out, whole=engine != "zero3")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])

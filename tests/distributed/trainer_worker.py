@@ -88,13 +88,15 @@ def main(name: str, engine: str, output_dir: str, model_dir: str) -> None:
     )
     if os.environ.get("BARE") != "1":
         settings = config(Path(output_dir))
-        attach(trainer, {**settings, "on_error": "warn"} if "FAIL_ON_RANK" in os.environ else settings)
+        handle = attach(trainer, {**settings, "on_error": "warn"} if "FAIL_ON_RANK" in os.environ else settings)
     if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", "0"):
         from interp_rlhf import mechanisms, reading
 
         break_at(trainer, 2, reading, "read_prompts")
         break_at(trainer, 4, mechanisms, "find_wiring")
     trainer.train()
+    if "CAUSE" in os.environ:  # as the end of a run does for what stands out
+        handle.callback._current.find_causes(4, [tuple(os.environ["CAUSE"].split("@"))])
     if trainer.accelerator.is_main_process:
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         Path(output_dir, "losses.json").write_text(json.dumps(losses))
