@@ -26,6 +26,9 @@ PLANTED, POINT = "planted", "layers.1.resid_post"
 SHIFTS = {"base": 0.0, "one": 0.25, "two": -0.5}
 
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one worker, so that it is built once
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models that differ by a bias along a saved direction, pairs to read, two runs, a control run, an adapter."""

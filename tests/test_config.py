@@ -26,6 +26,13 @@ def test_the_preset_spells_out_every_default():
     assert yaml.safe_load(text) == InterpConfig().as_mapping()
 
 
+def test_every_file_to_start_from_is_valid_and_changes_what_it_says(repository: Path):
+    circuits = InterpConfig.from_yaml(repository / "configs/interp/circuits.yaml")
+    assert replace(circuits, circuits=InterpConfig().circuits) == InterpConfig()
+    assert circuits.circuits.tasks and circuits.circuits.control and circuits.circuits.every
+    assert {path.name for path in (repository / "configs/interp").iterdir()} == {"observe.yaml", "circuits.yaml"}
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -21,6 +21,7 @@ from interp_rlhf.report.controls import find_controls
 from interp_rlhf.report.tables import summarise
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker, so that it is built once
+newest = pytest.mark.skipif(has_ppo(), reason="tested on the newest TRL line")
 needs_ppo = pytest.mark.skipif(not has_ppo(), reason="this TRL has no PPO (1.12 is the last line that has it)")
 
 
@@ -81,6 +82,7 @@ def test_the_run_is_whole_and_its_snapshots_belong_to_its_checkpoints(folder: Pa
     assert {path.name for path in (folder / "dpo").glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-40"}
 
 
+@newest
 def test_two_control_runs_say_what_may_be_claimed(folder: Path, dpo: tuple[DemoResult, str], capsys: Any):
     """The same training with half of the pairs swapped: the rewarded concept stays where it is."""
     demo._train_controls(build_organism(folder / "organism-0", 0), "dpo", folder / "dpo", 0, 40, 2)
@@ -106,6 +108,7 @@ def test_two_control_runs_say_what_may_be_claimed(folder: Path, dpo: tuple[DemoR
     assert words in Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
 
 
+@newest
 def test_grpo_runs_and_a_second_run_moves_the_first_aside(folder: Path, capsys: pytest.CaptureFixture[str]):
     first = run_demo("grpo", folder / "grpo", steps=2)
     kept = (folder / "grpo" / "interp" / "timeline.jsonl").read_bytes()

@@ -41,6 +41,9 @@ def attached_run(name: str, folder: Path, *, control: int | None = None, **chang
     return handle
 
 
+pytestmark = pytest.mark.xdist_group("offline")  # one worker, so that it is built once
+
+
 @pytest.fixture(scope="module")
 def dpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dpo") / "out"

@@ -34,6 +34,9 @@ def circuits(table: pd.DataFrame, step: int) -> pd.Series:
     return rows[rows["metric"] != "circuit/seconds"].set_index("metric")["value"].sort_index()
 
 
+pytestmark = pytest.mark.xdist_group("offline circuits")  # one worker, so that it is built once
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DPO run of 4 steps with checkpoints at 2 and 4."""

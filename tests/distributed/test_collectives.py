@@ -17,6 +17,9 @@ from interp_rlhf.distributed import World, agree, barrier, gather_rows, join_wor
 WORKER = Path(__file__).with_name("collectives_worker.py")
 
 
+pytestmark = pytest.mark.xdist_group("collectives")  # one worker, so that it is built once
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")

@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from interp_rlhf import load_run
+from interp_rlhf.circuits.tasks import resolve_task
 from interp_rlhf.cli import main
+from interp_rlhf.config import InterpConfig
 from interp_rlhf.report.circuits import mechanisms_of
 from scripts.real_circuits import dpo, write_tasks
 
@@ -26,11 +28,17 @@ def test_the_tasks_are_of_one_token_and_balanced(stories: Path, tmp_path: Path) 
         assert len({pair["answers"][0] for pair in pairs}) == 2, "no constant answer is right"
 
 
+def test_the_settings_to_start_from_have_tasks_for_a_real_tokenizer(stories: Path, repository: Path) -> None:
+    wanted = InterpConfig.from_yaml(repository / "configs/interp/circuits.yaml").circuits
+    for name in (*wanted.tasks, wanted.control):
+        assert len(resolve_task(name, AutoTokenizer.from_pretrained(stories), n=wanted.pairs, seed=0).pairs) == 64
+
+
 def test_dpo_on_real_preferences_and_two_control_runs(
     stories: Path, real_pairs: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At a rate that strains it the mechanism is the same, edges change in control runs as much as in the real one."""
-    folder, found = tmp_path / "run", []
+    folder, found, handles = tmp_path / "run", [], []
     for control in (None, 1, 2):
         handle = dpo(folder, stories, real_pairs, control=control, lr=1e-2, steps=15)
         where = folder if control is None else folder / "_controls" / f"{control:02d}"
@@ -39,6 +47,7 @@ def test_dpo_on_real_preferences_and_two_control_runs(
         check_start(mechanism)
         check_end(mechanism, run.events, str(handle.summary()))
         found.append(mechanism)
+        handles.append(handle)
     changes = [mechanism.now["circuit/structure_change"] for mechanism in found]
     assert all(change.ci_low > 0 for change in changes), "structure changed, also without the preferences"
     starts = [{m: row.value for m, row in mechanism.start.items() if "seconds" not in m} for mechanism in found]
@@ -47,6 +56,8 @@ def test_dpo_on_real_preferences_and_two_control_runs(
     assert main(["report", str(folder)]) == 0
     page = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
     assert "pronoun" in page and found[0].word in page
+    said = "Same in 2 of 2 control runs as well."
+    assert said in page and said in str(handles[0].summary()) and said not in str(handles[1].summary())
 
 
 def check_start(mechanism: Any) -> None:

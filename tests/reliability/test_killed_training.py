@@ -19,6 +19,9 @@ from interp_rlhf import Snapshot, load_run
 MOMENTS = ("checkpoint-4", "checkpoint-4/trainer_state.json", "interp/snapshots/01-step-000004", "checkpoint-4/interp")
 
 
+pytestmark = pytest.mark.xdist_group("killed")  # one worker, so that it is built once
+
+
 @pytest.fixture(scope="module")
 def children() -> Iterator[Forks]:
     with forks("reliability.training") as found:

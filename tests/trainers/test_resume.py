@@ -32,6 +32,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker, so that it is built once
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Per case: an uninterrupted run, and one that was stopped at step 4 (tests copy its folder)."""
