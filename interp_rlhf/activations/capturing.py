@@ -20,10 +20,15 @@ from torch import Tensor, nn
 from interp_rlhf.activations.engines import Engine, find_engine, gathered, measuring
 from interp_rlhf.activations.hookpoints import ModelLayout, ResolvedHookpoint, layout, resolve_hookpoints
 from interp_rlhf.activations.prompts import Batch, PaddingSide, Prompt, Tokens, batches
+from interp_rlhf.activations.reductions import last_marked, masked_mean
 from interp_rlhf.activations.scoring import completion_log_probs
 from interp_rlhf.errors import HookpointError, MeasurementError, PromptError
 
 Reduce = Literal["mean", "last"] | Callable[[Tensor, Tensor], Tensor]
+
+#: Gets the rows of a batch (indices into the list of texts), a hookpoint's value ``[B, T, d]`` as the model computes it
+#: (heads side by side), and the content mask ``[B, T]``. It must not change the value: the model goes on with it.
+Observer = Callable[[Sequence[int], Tensor, Tensor], None]
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "content_mask")
 
@@ -92,25 +97,7 @@ def first_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
-# --------------------------------------------------------------------------------------------------------- reductions
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over marked tokens, in float32: ``[B, T, ...]`` and ``[B, T]`` give ``[B, ...]``.
-
-    What stands at unmarked positions does not matter, not even NaN. Rows without a marked token give NaN.
-    """
-    mask = mask.bool()
-    weights = mask.reshape(*mask.shape, *([1] * (values.dim() - 2)))
-    total = torch.where(weights, values.float(), 0.0).sum(1)
-    return total / mask.sum(1).reshape(-1, *([1] * (values.dim() - 2)))
-
-
-def last_marked(values: Tensor, mask: Tensor) -> Tensor:
-    """Value at the last marked token of each row: ``[B, T, ...]`` and ``[B, T]`` give ``[B, ...]``."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask.bool(), positions, -1).amax(1)
-    return values[torch.arange(values.shape[0], device=values.device), last]
+# ------------------------------------------------------------------------------------------------------------ values
 
 
 def _as_tokens(value: Tensor, point: ResolvedHookpoint, shape: tuple[int, int], parts: ModelLayout) -> Tensor:
@@ -269,6 +256,7 @@ def read_prompts(
     longest_first: bool = True,
     log_probs: bool = False,
     layers: str | None = None,
+    observers: Mapping[str, Observer] = MappingProxyType({}),
 ) -> Readings:
     """Mean activation per text and hookpoint, and on request the completions' log-probabilities, in one pass.
 
@@ -278,12 +266,14 @@ def read_prompts(
     Args:
         model: as in :func:`capture`.
         prompts: the texts.
-        hookpoints: where to read; may be empty with ``log_probs``.
+        hookpoints: where to read; may be empty with ``log_probs`` or ``observers``.
         batch_size, pad_token_id, tokens, skip_ids, side, longest_first: see
             :func:`~interp_rlhf.activations.prompts.batches`. With a prompt-learning adapter texts are always padded on
             the right.
         log_probs: also score the completions.
         layers: path of the decoder layers, for architectures that are not recognised.
+        observers: hookpoint to what is called with every batch's values while the pass runs (:data:`Observer`).
+            ``means`` holds ``hookpoints`` only.
 
     Raises:
         HookpointError: a name does not exist on this model.
@@ -292,14 +282,23 @@ def read_prompts(
     """
     started = time.perf_counter()
     parts = layout(model, layers=layers)
-    resolved = resolve_hookpoints(hookpoints, parts)
+    resolved = resolve_hookpoints([*hookpoints, *observers], parts)
     if not resolved and not log_probs:
         raise HookpointError("hookpoints: expected at least one, found none")
     check_lengths(prompts, parts)
     engine = find_engine(model, parts)
     rows: list[int] = []
-    means: dict[str, list[Tensor]] = {point.name: [] for point in resolved}
+    means: dict[str, list[Tensor]] = {point.name: [] for point in resolve_hookpoints(hookpoints, parts)}
+    watching = {point.name: point.asked for point in resolve_hookpoints([*observers], parts)}
     scores: list[Tensor] = []
+
+    def observe(point: ResolvedHookpoint, value: Tensor, batch: Batch) -> None:
+        mask = batch.content_mask.to(value.device)
+        if point.name in means:
+            means[point.name].append(masked_mean(value, mask))
+        for name in watching.get(point.name, ()):
+            observers[name](batch.rows, value, mask)
+
     with measuring(model):
         for batch in batches(
             prompts,
@@ -311,11 +310,7 @@ def read_prompts(
             longest_first=longest_first,
         ):
             rows.extend(batch.rows)
-            found, score = _read_batch(engine, parts, resolved, batch, log_probs=log_probs)
-            for name, value in found.items():
-                means[name].append(value)
-            if score is not None:
-                scores.append(score)
+            scores += _read_batch(engine, parts, resolved, batch, observe, log_probs=log_probs)
     order = torch.tensor(rows).argsort()
     ordered = {name: torch.cat(value).cpu()[order] for name, value in means.items()}
     scored = torch.cat(scores).cpu()[order] if log_probs else None
@@ -325,19 +320,23 @@ def read_prompts(
 
 
 def _read_batch(
-    engine: Engine, parts: ModelLayout, resolved: Sequence[ResolvedHookpoint], batch: Batch, *, log_probs: bool
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Means ``[B, d]`` per hookpoint, and ``[B]`` log-probabilities if asked for, in the batch's order."""
+    engine: Engine,
+    parts: ModelLayout,
+    resolved: Sequence[ResolvedHookpoint],
+    batch: Batch,
+    observe: Callable[[ResolvedHookpoint, Tensor, Batch], None],
+    *,
+    log_probs: bool,
+) -> list[Tensor]:
+    """Hand every hookpoint's value ``[B, T, d]`` to ``observe``; the ``[B]`` log-probabilities if asked for."""
     rows, width = batch.input_ids.shape
-    values: dict[str, Tensor] = {}
     hidden: list[Tensor] = []
-
-    def keep(point: ResolvedHookpoint, value: Tensor) -> None:
-        value = _as_tokens(value, point, (rows, width), parts)
-        values[point.name] = masked_mean(value, batch.content_mask.to(value.device)).flatten(1)
 
     def keep_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden.append(first_tensor(output).detach()[:, -width:])
+
+    def on_value(point: ResolvedHookpoint, value: Tensor) -> None:
+        observe(point, _as_tokens(value, point, (rows, width), parts).flatten(2), batch)
 
     moved = {
         "input_ids": batch.input_ids.to(engine.device),
@@ -347,14 +346,14 @@ def _read_batch(
     with ExitStack() as hooks:
         if log_probs:
             hooks.callback(parts.decoder.register_forward_hook(keep_hidden).remove)
-        hooks.enter_context(recording(resolved, keep, stop_after_last=engine.may_stop and not log_probs))
+        hooks.enter_context(recording(resolved, on_value, stop_after_last=engine.may_stop and not log_probs))
         engine.run(moved)
     if not log_probs:
-        return values, None
+        return []
     completion = batch.completion_mask.to(engine.device)
     with gathered(engine):
         score = completion_log_probs(parts, hidden[-1], moved["input_ids"], moved["attention_mask"], completion)
-    return values, score
+    return [score]
 
 
 def check_lengths(prompts: Sequence[Prompt], layout: ModelLayout) -> None:

@@ -39,6 +39,16 @@ def test_rows_are_shared_evenly_and_come_back_in_order(ranks: list[dict[str, Any
         assert all(rank["gathered"][n] == rows[: int(n)] for rank in ranks)
 
 
+def test_features_of_all_ranks_reach_every_rank(ranks: list[dict[str, Any]]) -> None:
+    rows = torch.arange(14.0).reshape(7, 2)
+    for n in (1, 2, 7):
+        texts = rows[:n]
+        expected = [(2 * texts).tolist(), float(texts.square().sum()), int((texts != 0).sum())]
+        assert [rank["features"][str(n)] for rank in ranks] == [expected] * 2
+    message = "rank 1: MeasurementError: dictionary 'doubling': expected finite codes, found NaN or infinity"
+    assert [rank["features failed"] for rank in ranks] == [message] * 2
+
+
 def test_every_rank_learns_of_every_error(ranks: list[dict[str, Any]]) -> None:
     assert [rank["agreed"] for rank in ranks] == ["fine: 0", "fine: 1"]
     assert [rank["one failed"] for rank in ranks] == ["rank 1: ValueError: broken"] * 2
