@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from interp_rlhf import HookpointError, MeasurementError, attribute_edges
 from interp_rlhf.activations.capturing import first_tensor
 from interp_rlhf.activations.engines import measuring
-from interp_rlhf.circuits.contraction import Weights, attention_readers, mlp_reader
+from interp_rlhf.circuits.contraction import Weights, attention_readers, chunk_size, edge_scores, mlp_reader
 from interp_rlhf.circuits.passes import Pass, paired_inputs, read_gradients, read_sources
 from interp_rlhf.circuits.wiring import Block, find_wiring
 
@@ -173,9 +173,9 @@ def test_head_gradients_equal_an_explicit_replication_of_the_stream(model_type: 
         for index, block in enumerate(wiring.blocks):
             expected = replicated(wiring, inputs, index, metric)
             norm = block.attention_norm
-            mine = attention_readers(norm, found.layers[index], weights[index].readers, slice(None))
+            mine = attention_readers(norm, [found.layers[index]], weights[index].readers, slice(None))
             assert (mine - expected["heads"]).abs().max() <= 1e-5 * expected["heads"].abs().max(), index
-            mlp = mlp_reader(block, found.layers[index], slice(None))
+            mlp = mlp_reader(block, [found.layers[index]], slice(None))
             assert (mlp - expected["mlp"]).abs().max() <= 1e-5 * expected["mlp"].abs().max(), index
 
 
@@ -267,14 +267,32 @@ def test_padding_and_the_order_of_rows_change_nothing(model_type: str):
     assert (whole.scores - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-def test_memory_bounds_the_chunks_and_changes_nothing():
+@pytest.mark.parametrize("method", ["eap", "eap-ig"])
+def test_memory_bounds_the_chunks_and_changes_nothing(method: str):
     model = make_model("llama", hidden_size=64, num_attention_heads=8)
     clean, corrupt = pair(rows=8, width=40)
-    circuit = attribute_edges(model, clean, corrupt, logit_diff)
-    small = attribute_edges(model, clean, corrupt, logit_diff, memory=1)
+    circuit = attribute_edges(model, clean, corrupt, logit_diff, method=method)
+    small = attribute_edges(model, clean, corrupt, logit_diff, method=method, memory=1)
     assert (circuit.scores - small.scores).abs().max() <= 5e-6 * circuit.scores.abs().max()
     with pytest.raises(MeasurementError, match=r"memory: expected at least 1 MiB for this model, found 0$"):
-        attribute_edges(model, clean, corrupt, logit_diff, memory=0)
+        attribute_edges(model, clean, corrupt, logit_diff, method=method, memory=0)
+
+
+@pytest.mark.parametrize(("mebibytes", "most"), [(1, 1), (3, 2), (512, 7)])
+def test_passes_wait_for_each_other_as_memory_allows(mebibytes: int, most: int, monkeypatch: pytest.MonkeyPatch):
+    model = make_model("llama", hidden_size=64, num_attention_heads=8)
+    clean, corrupt = pair(rows=8, width=40)
+    together: list[int] = []
+
+    def watched(deltas: Any, found: Any, wiring: Any, weights: Any, memory: int) -> Tensor:
+        together.append(len(found))
+        _, left = chunk_size(wiring, weights, memory)
+        assert sum(one.bytes for one in found[1:]) <= left or len(found) == 1
+        return edge_scores(deltas, found, wiring, weights, memory)
+
+    monkeypatch.setattr("interp_rlhf.circuits.attribution.edge_scores", watched)
+    attribute_edges(model, clean, corrupt, logit_diff, method="eap-ig", steps=7, memory=mebibytes)
+    assert sum(together) == 7 and max(together) == most
 
 
 @pytest.mark.parametrize("mebibytes", [0, 512])

@@ -33,16 +33,16 @@ def test_scores_equal_one_product_over_all_tokens(model_type: str):
     read: list[Tensor] = []
     for layer, block in enumerate(wiring.blocks):
         gradients = found.layers[layer]
-        read += attention_readers(block.attention_norm, gradients, weights[layer].readers, everything)
+        read += attention_readers(block.attention_norm, [gradients], weights[layer].readers, everything)
         z = deltas.heads[layer].unflatten(1, (wiring.graph.n_heads, -1))
         written += torch.einsum("nhk,hkd->hnd", z, weights[layer].output)
-        read.append(mlp_reader(block, gradients, everything))
+        read.append(mlp_reader(block, [gradients], everything))
         written.append(deltas.mlps[layer])
     read.append(found.end)
     expected = torch.einsum("snd,tnd->st", torch.stack(written).double(), torch.stack(read).double())
     expected = torch.where(wiring.graph.possible, expected, 0.0)
-    scores = edge_scores(deltas, found, wiring, weights, 2**30)
-    assert chunk_size(wiring, weights, 2**30) < 5 * 40
+    scores = edge_scores(deltas, [found], wiring, weights, 2**30)
+    assert chunk_size(wiring, weights, 2**30)[0] < 5 * 40
     assert (scores - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -51,7 +51,7 @@ def test_chunks_and_weights_stay_within_the_memory_they_may_take(mebibytes: int)
     wiring, deltas, found = passes("llama", 8, 64, hidden_size=128, num_attention_heads=8, num_key_value_heads=4)
     memory = mebibytes * 2**20
     with MemoryMeter() as meter:
-        edge_scores(deltas, found, wiring, Weights(wiring, memory), memory)
+        edge_scores(deltas, [found], wiring, Weights(wiring, memory), memory)
     assert meter.peak <= memory
     assert meter.peak >= memory // 8  # what may be had is used, and the meter sees it
 

@@ -17,10 +17,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from interp_rlhf.activations.engines import measuring
-from interp_rlhf.circuits.contraction import Weights, edge_scores
+from interp_rlhf.circuits.contraction import Weights, chunk_size, edge_scores
 from interp_rlhf.circuits.graph import Circuit
 from interp_rlhf.circuits.interventions import Ablation, Intervention, RunWeights, ablated, difference, measured
-from interp_rlhf.circuits.passes import Metric, Pair, Pass, Sources, paired_inputs, read_gradients, read_sources
+from interp_rlhf.circuits.passes import (
+    GradientPass,
+    Metric,
+    Pair,
+    Pass,
+    Sources,
+    paired_inputs,
+    read_gradients,
+    read_sources,
+)
 from interp_rlhf.circuits.wiring import Wiring, find_wiring
 from interp_rlhf.errors import MeasurementError
 
@@ -69,7 +78,8 @@ def attribute_edges(
             all tokens (``mean``), or nothing (``zero``). The output projection's bias belongs to no head.
         reads: a hookpoint ``layers.<l>.resid_post`` that the metric reads instead of the logits, ``[B, T, d]``; the
             target ``logits`` stands for that reader then, and later layers are not run.
-        memory: MiB that attribution may take beyond the passes and their compact activations.
+        memory: MiB that attribution may take beyond the passes and one pass's compact activations; EAP-IG is faster
+            where those of several fit into it.
         layers: path of the decoder layers, for architectures that are not recognised.
 
     Returns:
@@ -138,15 +148,17 @@ def _attribute(
     if not steps:
         found = read_gradients(clean, lambda now: measured(metric, now, now.detach()), sources=True)
         deltas = difference(baseline, found.sources)
-        return (edge_scores(deltas, found, wiring, weights, memory) / rows).float().cpu()
+        return (edge_scores(deltas, [found], wiring, weights, memory) / rows).float().cpu()
     written, result = read_sources(clean)
     deltas = difference(baseline, written)
     total: Tensor | float = 0.0
+    waiting: list[GradientPass] = []
     for k in range(steps):
-        found = read_gradients(
-            clean, lambda now: measured(metric, now, result), embed=_towards(clean, deltas.embed, 1 - k / steps)
-        )
-        total = total + edge_scores(deltas, found, wiring, weights, memory)
+        embed = _towards(clean, deltas.embed, 1 - k / steps)
+        waiting.append(read_gradients(clean, lambda now: measured(metric, now, result), embed=embed))
+        if k == steps - 1 or len(waiting) > chunk_size(wiring, weights, memory)[1] // waiting[0].bytes:
+            total = total + edge_scores(deltas, waiting, wiring, weights, memory)
+            waiting = []
     return (torch.as_tensor(total) / (steps * rows)).float().cpu()
 
 

@@ -3,13 +3,14 @@
 ``score(u, v) = Σ_tokens ⟨Δ_u, ∂metric/∂in_v⟩`` where ``in_v`` is reader v's own copy of the residual stream, before
 the norm. For a head's query, ``∂metric/∂in_v = Jᵀ W_Q[h]ᵀ g`` with ``g`` the gradient at the projection's output and
 ``J`` the norm's Jacobian; both are applied to a few tokens at a time, so that never more than ``memory`` is held. The
-products over a chunk's tokens and channels are one matrix product per layer, which is where the time goes: ``2·N·d``
-operations an edge.
+products over a chunk's tokens and channels are one matrix product per layer: ``2·N·d`` operations an edge. Scores are
+linear in the gradients, so that those of several passes (EAP-IG) are added up first and multiplied once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +64,14 @@ class Weights:
         return made
 
 
-def edge_scores(deltas: Sources, found: GradientPass, wiring: Wiring, weights: Weights, memory: int) -> Tensor:
-    """Scores summed over tokens, ``[S, T]`` float64 on the model's device; impossible edges 0.
+def edge_scores(
+    deltas: Sources, found: Sequence[GradientPass], wiring: Wiring, weights: Weights, memory: int
+) -> Tensor:
+    """Scores summed over tokens and passes, ``[S, T]`` float64 on the model's device; impossible edges 0.
 
     Args:
         deltas: corrupt minus clean, of every component.
-        found: gradients where the readers read.
+        found: gradients where the readers read, of one pass or several over the same tokens.
         wiring: the model's.
         weights: its weights.
         memory: bytes that chunks and weights may take together.
@@ -78,15 +81,18 @@ def edge_scores(deltas: Sources, found: GradientPass, wiring: Wiring, weights: W
     """
     graph, n = wiring.graph, len(deltas.embed)
     scores = torch.zeros(len(graph.sources), len(graph.targets), dtype=torch.float64, device=deltas.embed.device)
-    size = chunk_size(wiring, weights, memory)
+    size, _ = chunk_size(wiring, weights, memory)
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
         _add_chunk(scores, part, deltas, found, wiring, weights)
     return scores
 
 
-def chunk_size(wiring: Wiring, weights: Weights, memory: int) -> int:
-    """Tokens per chunk, so that sources, one layer's readers and what is computed on the way stay within ``memory``."""
+def chunk_size(wiring: Wiring, weights: Weights, memory: int) -> tuple[int, int]:
+    """Tokens per chunk, and the bytes of ``memory`` that are left then.
+
+    Sources, one layer's readers and what is computed on the way stay within it.
+    """
     graph, width = wiring.graph, wiring.parts.d_model
     readers = graph.n_heads + 2 * graph.n_kv_heads
     rows = len(graph.sources) + 2 * readers + graph.n_heads + 8
@@ -94,19 +100,25 @@ def chunk_size(wiring: Wiring, weights: Weights, memory: int) -> int:
     if fits < 1:
         needed = math.ceil((weights.bytes + 4 * rows * width) / 2**20)
         raise MeasurementError(f"memory: expected at least {needed} MiB for this model, found {memory / 2**20:g}")
-    return min(_CPU_TOKENS if wiring.engine.device.type == "cpu" else _DEVICE_TOKENS, fits)
+    size = min(_CPU_TOKENS if wiring.engine.device.type == "cpu" else _DEVICE_TOKENS, fits)
+    return size, memory - weights.bytes - 4 * rows * width * size
 
 
 def _add_chunk(
-    scores: Tensor, part: slice, deltas: Sources, found: GradientPass, wiring: Wiring, weights: Weights
+    scores: Tensor,
+    part: slice,
+    deltas: Sources,
+    found: Sequence[GradientPass],
+    wiring: Wiring,
+    weights: Weights,
 ) -> None:
-    graph, depth = wiring.graph, len(found.layers)
+    graph, depth = wiring.graph, len(found[0].layers)
     written = deltas.embed.new_empty(len(graph.sources), part.stop - part.start, wiring.parts.d_model)
     written[0] = deltas.embed[part]
     known, column = 1, 0
     readers, heads = graph.n_heads + 2 * graph.n_kv_heads, graph.n_heads
-    for layer, (block, gradients) in enumerate(zip(wiring.blocks[:depth], found.layers, strict=True)):
-        both = weights[layer]
+    for layer, block in enumerate(wiring.blocks[:depth]):
+        both, gradients = weights[layer], [one.layers[layer] for one in found]
         _add(scores, written[:known], attention_readers(block.attention_norm, gradients, both.readers, part), column)
         z = deltas.heads[layer][part].unflatten(1, (heads, -1)).transpose(0, 1)
         torch.bmm(z, both.output, out=written[known : known + heads])
@@ -114,7 +126,8 @@ def _add_chunk(
         _add(scores, written[:seen], mlp_reader(block, gradients, part)[None], column + readers)
         known, column = known + heads + 1, column + readers + 1
         written[known - 1] = deltas.mlps[layer][part]
-    _add(scores, written[:known], found.end[part][None], len(graph.targets) - 1)
+    end = torch.stack([one.end[part] for one in found]).sum(0) if len(found) > 1 else found[0].end[part]
+    _add(scores, written[:known], end[None], len(graph.targets) - 1)
 
 
 def _add(scores: Tensor, written: Tensor, readers: Tensor, column: int) -> None:
@@ -122,30 +135,38 @@ def _add(scores: Tensor, written: Tensor, readers: Tensor, column: int) -> None:
     scores[: len(written), column : column + len(readers)] += written.flatten(1) @ readers.flatten(1).T
 
 
-def attention_readers(norm: Norm | None, gradients: Gradients, weight: Tensor, part: slice) -> Tensor:
-    """Gradient at each query's, key's and value's own copy of the residual stream.
+def attention_readers(norm: Norm | None, gradients: Sequence[Gradients], weight: Tensor, part: slice) -> Tensor:
+    """Gradient at each query's, key's and value's own copy of the residual stream, summed over passes.
 
     Args:
         norm: the norm before the attention.
-        gradients: of the layer.
+        gradients: of the layer, in each pass.
         weight: :attr:`LayerWeights.readers`.
         part: tokens to compute, P of them.
 
     Returns:
         ``[H + 2G, P, d]``, queries, keys, values.
     """
-    g = torch.cat([role[part].transpose(0, 1) for role in (gradients.q, gradients.k, gradients.v)])
+    total: Tensor | None = None
+    for one in gradients:
+        g = torch.cat([role[part].transpose(0, 1) for role in (one.q, one.k, one.v)])
+        hat: Tensor | None = None
+        if norm is not None:
+            x = one.x[part]
+            r = norm.inverse_rms(x)
+            hat, g = norm.centre(x) * r, g * r
+        total = torch.bmm(g, weight) if total is None else total.baddbmm_(g, weight)
+        if hat is not None:
+            along = (torch.matmul(hat, weight.transpose(1, 2)) * g).sum(-1, keepdim=True) / hat.shape[-1]
+            total.addcmul_(hat[None], along, value=-1)
+    if total is None:
+        raise MeasurementError("circuit: expected the gradients of a pass, found none")
+    return total
+
+
+def mlp_reader(block: Block, gradients: Sequence[Gradients], part: slice) -> Tensor:
+    """Gradient ``[P, d]`` at the MLP's own copy of the residual stream, summed over passes."""
+    norm = block.mlp_norm
     if norm is None:
-        return torch.bmm(g, weight)
-    x = gradients.x[part]
-    r = norm.inverse_rms(x)
-    hat = norm.centre(x) * r
-    g = g * r
-    along = (torch.matmul(hat, weight.transpose(1, 2)) * g).sum(-1, keepdim=True) / x.shape[-1]
-    return torch.bmm(g, weight).addcmul_(hat[None], along, value=-1)
-
-
-def mlp_reader(block: Block, gradients: Gradients, part: slice) -> Tensor:
-    """Gradient ``[P, d]`` at the MLP's own copy of the residual stream."""
-    g = gradients.mlp[part]
-    return g if block.mlp_norm is None else block.mlp_norm.backward(gradients.x_mlp[part], g)
+        return torch.stack([one.mlp[part] for one in gradients]).sum(0)
+    return torch.stack([norm.backward(one.x_mlp[part], one.mlp[part]) for one in gradients]).sum(0)

@@ -229,16 +229,18 @@ class GradientPass:
     Attributes:
         layers: gradients of each layer that was run.
         end: gradient ``[N, d]`` of the residual stream before the final norm, or at the hookpoint the metric reads.
-        result: the logits ``[B, T, V]``, or what the metric reads, detached.
-        values: the metric ``[B]``, detached.
         sources: what the components wrote, where that was asked for.
     """
 
     layers: tuple[Gradients, ...]
     end: Tensor
-    result: Tensor
-    values: Tensor
     sources: Sources | None
+
+    @property
+    def bytes(self) -> int:
+        """What the gradients, and the streams beside them, take; sources not counted."""
+        parts = [part for g in self.layers for part in (g.x, g.x_mlp, g.q, g.k, g.v, g.mlp)]
+        return sum({id(part): part.nbytes for part in (*parts, self.end)}.values())
 
 
 def read_gradients(
@@ -277,7 +279,7 @@ def read_gradients(
     at = {module: _or_zero(g, graph[module]) for module, g in zip(graph, found, strict=True)}
     layers = tuple(_gradients(one, index, block, streams, at) for index, block in enumerate(blocks))
     written = recorder.sources if sources else None
-    return GradientPass(layers, one.flat(_or_zero(last, end)), result.detach(), values.detach(), written)
+    return GradientPass(layers, one.flat(_or_zero(last, end)), written)
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
