@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int32, Int64
 from torch import Tensor
@@ -92,7 +93,7 @@ class TokenSums:
         shift = (own - chunk.first - torch.arange(n, device=z.device) % block) * columns
         for start in range(0, n, block):
             codes = z[start : start + block].reshape(-1)
-            index = codes.nonzero().flatten()
+            index = _fired(codes)
             fired = codes[index].double()
             self.finite &= fired.isfinite().all()
             self.fired += len(index)
@@ -112,6 +113,14 @@ class TokenSums:
         of = lengths[row]
         means, fired = (totals[index] / of).float(), (counts[index] / of).float()
         self.entries.append((sizes.cpu(), (index - row * columns).int().cpu(), means.cpu(), fired.cpu()))
+
+
+def _fired(codes: Float[Tensor, " cells"]) -> Int64[Tensor, " entries"]:
+    """Where codes are not 0, ascending. On the CPU NumPy finds them several times as fast as torch."""
+    if codes.device.type != "cpu":
+        return codes.nonzero().flatten()
+    plain = codes.float() if codes.dtype is torch.bfloat16 else codes
+    return torch.from_numpy(np.flatnonzero(plain.detach().numpy() != 0))
 
 
 def as_dense(z: Tensor) -> Tensor:
