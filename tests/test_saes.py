@@ -92,6 +92,16 @@ def test_topk_rescaled_by_the_decoders_norm(normalisation: str, tmp_path: Path) 
     assert not torch.allclose(plain.encode(activations()), ours.encode(activations())), "the option must matter here"
 
 
+def test_topk_gives_no_negative_activation_where_fewer_than_k_are_positive(tmp_path: Path) -> None:
+    theirs = saelens("topk")
+    with torch.no_grad():
+        theirs.b_enc -= 25
+    theirs.save_model(tmp_path / "sae")
+    ours = SparseAutoencoder.from_folder(tmp_path / "sae")
+    check_parity(theirs, ours, activations())
+    assert float((ours.encode(activations()) > 0).sum(-1).float().mean()) < K
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK"])
 def test_batchtopk_is_read_as_saelens_saves_it_and_from_a_checkpoint(kind: str, rescale: bool, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def translate_hook(name: str, model: str | None = None) -> str:
         site = match[2] or match[3]
         if site in ("attn_out", "mlp_out") and model and _POST_NORM.search(model):
             raise HookpointError(
-                f"hook {name!r} of {model[:80]!r}: expected a hook before the norm that follows (the path of a Hugging Face "
-                f"module), found one behind it, and layers.{match[1]}.{site} is read before it"
+                f"hook {name!r} of {model[:80]!r}: expected a hook before the norm that follows (the path of a Hugging "
+                f"Face module), found one behind it, and layers.{match[1]}.{site} is read before it"
             )
         return _place(int(match[1]), site)
     if match := _MODULE.fullmatch(name):
@@ -165,7 +165,7 @@ def _place(layer: int, site: str) -> str:
 def _module(name: str, layer: int, site: str, model: str | None) -> str:
     if site in ("attn_out", "mlp_out") and model and _ADDS_INSIDE.search(model):
         raise HookpointError(
-            f"hook {name!r} of {model[:80]!r}: expected the contribution alone, found a module that adds the residual stream, "
-            f"and layers.{layer}.{site} is read before that"
+            f"hook {name!r} of {model[:80]!r}: expected the contribution alone, found a module that adds the residual "
+            f"stream, and layers.{layer}.{site} is read before that"
         )
     return _place(layer, site)

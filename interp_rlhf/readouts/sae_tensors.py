@@ -180,8 +180,9 @@ def _check(
     missing = [name for name in expected if name not in found and name not in optional]
     extra = [name for name in found if name not in expected]
     if missing or extra:
+        needed = ", ".join(name for name in expected if name not in optional)
         raise FormatError(
-            f"{path}: expected the tensors {', '.join(expected)}; found {shown(missing)[1:-1] or 'none'} missing and "
+            f"{path}: expected the tensors {needed}; found {shown(missing)[1:-1] or 'none'} missing and "
             f"{shown(extra)[1:-1] or 'none'} besides"
         )
     known = dict(sizes)
