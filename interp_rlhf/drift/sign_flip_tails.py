@@ -4,9 +4,9 @@ Under H0 the changes ``d_i`` of a feature are symmetric about 0, so that their s
 function is ``K(t) = Σ log cosh(t·d_i)``, and the chance of a sum as large as the one found follows from a saddlepoint
 approximation: relative error of a few per cent however small it is, where 2000 drawn flips end at 0.0005.
 
-The approximation takes the sum for continuous and near to normal. It is not used where that is far off: few changes
-(all patterns are counted), a few changes that dominate, changes of equal size (patterns are drawn under the tilted
-distribution, which makes rare sums common and weighs them back).
+The approximation takes the sum for continuous and near to normal. Elsewhere it is off by a factor of up to 3, either
+way, and is not used: few changes (all patterns are counted), a few changes that dominate, changes of equal size, the
+outermost sums (patterns are drawn under the tilted distribution, which makes rare sums common and weighs them back).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64
 from scipy.special import log_ndtr
 
 from interp_rlhf.errors import MeasurementError
@@ -25,7 +25,7 @@ EXACT = 16
 #: Patterns drawn under the tilted distribution.
 DRAWS = 4096
 #: Effective number of changes, ``(Σd²)²/Σd⁴``, below which a few dominate.
-LEAST_EFFECTIVE = 6.0
+LEAST_EFFECTIVE = 10.0
 #: ``|Π cos(θ·d_i)|`` away from θ = 0 above which sums bunch up on a lattice.
 MOST_LATTICE = 0.05
 #: Approximated p's of fewer patterns than this, out of all, belong to the outermost sums, which stand apart.
@@ -49,8 +49,9 @@ def sign_flip_p(d: Float64[np.ndarray, "n m"], *, seed: int = 0) -> Float64[np.n
         seed: seeds the patterns of the columns that are drawn for.
 
     Returns:
-        ``[m]`` in (0, 1]; 1 for a column of zeros. Columns that are drawn for carry a relative error of about 2 %,
-        which is why two standard errors are added to them.
+        ``[m]`` in (0, 1]; 1 for a column of zeros. Exact up to 16 non-zero changes. The approximation is mostly 1 %
+        too small; from 18 changes on at worst 10 % too small in all that was tried. Drawn ones have a relative error of
+        2 to 4 %; two standard errors are added to them.
 
     Raises:
         MeasurementError: not ``[n, m]``, or a value that is not finite.
@@ -171,14 +172,14 @@ def _drawn(size: Float64[np.ndarray, " n"], x: float, t: float, seed: int) -> fl
     Importance sampling with the saddlepoint's own tilt (Siegmund 1976), unbiased; two standard errors are added.
     """
     kept = size[size > 0]
-    plus = 1 / (1 + np.exp(-2 * t * kept))
-    sums = 2 * ((_uniform(len(kept), seed) < plus) @ kept) - kept.sum()
+    plus = (1 / (1 + np.exp(-2 * t * kept))).astype(np.float32)
+    sums = 2 * ((_uniform(len(kept), seed) < plus).astype(np.float64) @ kept) - kept.sum()
     weights = np.exp(float(_cumulant(t * kept[None])[0]) - t * sums)
     values = np.where(sums >= x - _ROUNDING * kept.sum(), weights, 0.0)
     return 2 * float(values.mean() + 2 * values.std() / math.sqrt(DRAWS))
 
 
 @lru_cache(maxsize=4)
-def _uniform(n: int, seed: int) -> Float64[np.ndarray, "r n"]:
+def _uniform(n: int, seed: int) -> Float32[np.ndarray, "r n"]:
     """Uniform numbers ``[DRAWS, n]``; every column of a test uses the same."""
-    return np.random.default_rng(seed).random((DRAWS, n))
+    return np.random.default_rng(seed).random((DRAWS, n), dtype=np.float32)
