@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -228,6 +229,24 @@ def test_reconstructions_may_need_the_activations() -> None:
     torch.testing.assert_close(reading.x_hat_mean, reading.x_mean)
     named = stream_through(FeatureStream(_Plain(unit.encode, lambda x: x), "codes called x"), values).reading()
     assert named.error > 0.1 * reading.power
+
+
+class Entrywise(Small):
+    """Decodes what fired alone."""
+
+    def decode_entries(self, starts: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+        self.asked.append(len(values))
+        assert len(starts) == len(x) + 1 and int(starts[-1]) == len(columns)
+        return torch.stack([values[a:b] @ self.out[columns[a:b]] for a, b in itertools.pairwise(starts.tolist())])
+
+
+@pytest.mark.parametrize(("bias", "used"), [(-2.5, True), (-0.5, False)])
+def test_few_codes_are_decoded_one_by_one_where_a_dictionary_can(bias: float, used: bool) -> None:
+    values = texts()
+    dictionary, plain = Entrywise(bias=bias), Small(bias=bias)
+    reading = stream_through(FeatureStream(dictionary, "entries"), values, size=9).reading()
+    same(reading, expected(values, plain))
+    assert dictionary.asked[2:] == ([reading.l0] if used else []) and reading.l0 > 0
 
 
 class _Module(nn.Module):

@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
 from torch import Tensor, nn
 
-from interp_rlhf.activations.token_sums import PER_CODE, Chunk, TokenSums, as_dense, chunks
+from interp_rlhf.activations.token_sums import PER_CODE, Chunk, TokenSums, as_dense, chunks, fired_cells
 from interp_rlhf.errors import InterpError, MeasurementError
 
 #: How many times the codes' own memory a dictionary may take to compute them, they included.
 _ENCODING = 4
+#: Codes that fired are decoded one by one where they are fewer than one in so many.
+_SPARSE = 16
 #: Bytes per activation: as given, converted, reconstructed, and float64 of all that.
 _PER_ACTIVATION = 48
 #: Tokens at a time at most: more are no quicker, and slower where their codes leave the processor's cache.
@@ -170,9 +172,10 @@ class FeatureStream:
 
     Args:
         dictionary: ``encode``: ``[n, d]`` → ``[n, F]``, dense or sparse, and ``decode`` back, which is called as
-            ``decode(z, x=…)`` where it takes that (normalisations that only the activations can undo). Activations come
-            in the dtype and on the device of its weights (``W_dec``, or a module's first parameter), else as float32
-            where they are.
+            ``decode(z, x=…)`` where it takes that (normalisations that only the activations can undo). Where it has
+            ``decode_entries(starts, columns, values, x)`` this is called where few codes fired: those of token t are
+            ``slice(starts[t], starts[t + 1])`` of ``columns`` and ``values``. Activations come in the dtype and on the
+            device of its weights (``W_dec``, or a module's first parameter), else as float32 where they are.
         name: for messages.
         hookpoint: where it is read, for messages and for who places the stream.
         width: F, where the dictionary does not say (``width``, or ``W_dec`` ``[F, d]``).
@@ -270,8 +273,10 @@ class FeatureStream:
     def _add(self, sums: TokenSums, x: Tensor, dtype: torch.dtype, own: Tensor, chunk: Chunk) -> None:
         given = x.to(dtype)
         codes = self._encode(given)
+        before = sums.fired
         sums.add_codes(as_dense(codes), own, chunk)
-        sums.add_activations(x, self._decode(codes, given) if self._features is None else None, own)
+        few = (sums.fired - before) * _SPARSE < codes.numel()
+        sums.add_activations(x, self._decode(codes, given, few) if self._features is None else None, own)
 
     def _prepare(self, x: Tensor) -> int:
         """F, after trying the dictionary on the first token ``[1, d]``."""
@@ -311,8 +316,14 @@ class FeatureStream:
             raise MeasurementError(f"{self.place}: expected codes of shape {expected}, found {list(z.shape)}")
         return z if self._selects or chosen is None else as_dense(z)[:, chosen]
 
-    def _decode(self, z: Tensor, x: Tensor) -> Tensor:
-        x_hat = self._dictionary.decode(z, x=x) if self._undoes else self._dictionary.decode(z)
+    def _decode(self, z: Tensor, x: Tensor, few: bool) -> Tensor:
+        if few and hasattr(self._dictionary, "decode_entries"):
+            codes, width = as_dense(z).reshape(-1), z.shape[1]
+            cells = fired_cells(codes)
+            starts = torch.searchsorted(cells, torch.arange(len(z) + 1, device=z.device) * width)
+            x_hat = self._dictionary.decode_entries(starts, cells % width, codes[cells], x)
+        else:
+            x_hat = self._dictionary.decode(z, x=x) if self._undoes else self._dictionary.decode(z)
         if x_hat.shape != x.shape:
             raise MeasurementError(
                 f"{self.place}: expected activations of width {x_hat.shape[-1]}, found {x.shape[-1]} (what it decodes "

@@ -93,7 +93,7 @@ class TokenSums:
         shift = (own - chunk.first - torch.arange(n, device=z.device) % block) * columns
         for start in range(0, n, block):
             codes = z[start : start + block].reshape(-1)
-            index = _fired(codes)
+            index = fired_cells(codes)
             fired = codes[index].double()
             self.finite &= fired.isfinite().all()
             self.fired += len(index)
@@ -115,7 +115,7 @@ class TokenSums:
         self.entries.append((sizes.cpu(), (index - row * columns).int().cpu(), means.cpu(), fired.cpu()))
 
 
-def _fired(codes: Float[Tensor, " cells"]) -> Int64[Tensor, " entries"]:
+def fired_cells(codes: Float[Tensor, " cells"]) -> Int64[Tensor, " entries"]:
     """Where codes are not 0, ascending. On the CPU NumPy finds them several times as fast as torch."""
     if codes.device.type != "cpu":
         return codes.nonzero().flatten()
