@@ -4,8 +4,8 @@ A feature is judged by its mean codes on the same texts at two times, one pair o
 tokens are not independent of one another. Single features depend on the seed a dictionary was fitted with; the subspace
 that the leading ones span does not, and stands beside them.
 
-What a flag says: this code changed on these texts. An encoder that reads features by overlapping directions gives
-neighbours of a changed feature a changed code too (``scripts/stress_features`` shows how many).
+What a flag says: this code changed on these texts. An encoder that reads features by overlapping directions changes the
+codes of other features along with the one that changed (``scripts/stress_features`` shows how many it lists).
 """
 
 from __future__ import annotations
