@@ -96,8 +96,7 @@ def formula(kind: str, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[np.nda
             return z, z @ w["W_dec"] + w["b_dec"]
         p = v @ w["W_enc"] + w["b_enc"]
         f = np.where(p > w["threshold"], np.maximum(p, 0), 0)
-        lengths = np.sqrt((w["W_dec"] ** 2).sum(1))
-        return f * lengths, f @ w["W_dec"] + w["b_dec"]
+        return f, f @ w["W_dec"] + w["b_dec"]
     if kind == "sparsify":
         z = top(np.maximum((v - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"], 0), K)
         return z, z @ w["W_dec"] + w["b_dec"]
@@ -105,7 +104,7 @@ def formula(kind: str, tensors: Mapping[str, Tensor], x: Tensor) -> tuple[np.nda
     if kind == "GatedAutoEncoder":
         e = (v - w["decoder_bias"]) @ w["encoder.weight"].T
         f = (e + w["gate_bias"] > 0) * np.maximum(np.exp(w["r_mag"]) * e + w["mag_bias"], 0)
-        return f * np.sqrt((out**2).sum(1)), f @ out + w["decoder_bias"]
+        return f, f @ out + w["decoder_bias"]
     if kind == "AutoEncoderNew":
         z = np.maximum(v @ w["encoder.weight"].T + w["encoder.bias"], 0)
         return z, z @ out + w["decoder.bias"]

@@ -222,8 +222,10 @@ def example(kind: str, width: int = WIDTH, hookpoint: str = HOOKPOINT, **changes
     return SparseAutoencoder("s", hookpoint, kind, *weights, **more, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, "batchtopk"])
+RESCALED = [*((kind, False) for kind in (*ARCHITECTURES, "batchtopk")), ("topk", True), ("batchtopk", True)]
+
+
+@pytest.mark.parametrize(("kind", "rescale"), RESCALED)
 def test_selected_features_are_columns_of_all(kind: str, rescale: bool) -> None:
     sae, x = example(kind, rescale_acts_by_decoder_norm=rescale), activations()
     whole = sae.encode(x)
@@ -331,7 +333,7 @@ def test_hash_is_the_same_for_the_same_numbers(kind: str, tmp_path: Path) -> Non
     ).read_bytes()
     changes: list[dict[str, Any]] = [
         {"b_dec": sae.b_dec + 1e-6}, {"apply_b_dec_to_input": False}, {"scale": 2.0}, {"normalisation": "length"},
-        {"rescale_acts_by_decoder_norm": True}, {"W_enc": sae.W_enc.flip(1)},
+        {"W_enc": sae.W_enc.flip(1)}, *([{"rescale_acts_by_decoder_norm": True}, {"k": 2}] if kind == "topk" else []),
     ]  # fmt: skip
     assert len({sae.hash, *(replace(sae, **change).hash for change in changes)}) == len(changes) + 1
 
@@ -348,7 +350,7 @@ def test_hash_does_not_depend_on_the_library_that_wrote_it(tmp_path: Path) -> No
     ("kind", "changes"),
     [
         *((kind, {}) for kind in (*ARCHITECTURES, "batchtopk")),
-        *((kind, {"rescale_acts_by_decoder_norm": True}) for kind in (*ARCHITECTURES, "batchtopk")),
+        *((kind, {"rescale_acts_by_decoder_norm": True}) for kind in ("topk", "batchtopk")),
         *((kind, {"scale": 0.5}) for kind in ARCHITECTURES),
         ("topk", {"scale": 0.5, "rescale_acts_by_decoder_norm": True}),
         ("batchtopk", {"scale": 0.5, "rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}),
@@ -408,6 +410,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("standard", {"k": 3}, "k: expected 1 to 40 for topk and none otherwise"),
     ("standard", {"architecture": "transcoder"}, "architecture: expected one of standard, topk"),
     ("standard", {"normalisation": "batch"}, "normalisation: expected one of none"),
+    ("gated", {"rescale_acts_by_decoder_norm": True}, "expected topk or batchtopk, found gated"),
     ("standard", {"scale": 0.0}, "scale: expected a finite number above 0"),
     ("standard", {"name": "a/b"}, "printable"),
     ("standard", {"hookpoint": "blocks.3.hook_resid_post"}, "expected embed or layers"),

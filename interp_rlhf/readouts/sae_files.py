@@ -13,6 +13,8 @@ dictionary_learning  config.json, ae.pt                      AutoEncoder, AutoEn
 Transcoders, crosscoders, signed features and group-wise maxima are refused by name: they do not describe the
 activations of one place by features of one sign. Keys of a JSON that say nothing about the mathematics are passed over;
 tensors have to be exactly those of the kind, in shape, finite, and stored as float16, bfloat16, float32 or float64.
+Features are in the units of the stored weights: decoders are not scaled to length 1 first, as dictionary_learning's own
+loader does for ``AutoEncoder``.
 """
 
 from __future__ import annotations
@@ -75,12 +77,11 @@ _LINEAR: _Names = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decode
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """One of dictionary_learning's classes: its tensors, and how it treats ``b_dec`` and the decoder's norm."""
+    """One of dictionary_learning's classes: its tensors, and whether ``b_dec`` is taken from the activations."""
 
     architecture: Architecture
     names: _Names
     apply_b_dec_to_input: bool = True
-    rescale_acts_by_decoder_norm: bool = False
     optional: tuple[str, ...] = ()
 
 
@@ -93,11 +94,8 @@ _LEARNED: Mapping[str, _Class] = {
             "encoder.weight": "W_enc.T", "gate_bias": "b_gate", "mag_bias": "b_enc", "r_mag": "r_mag",
             "decoder.weight": "W_dec.T", "decoder_bias": "b_dec",
         },
-        rescale_acts_by_decoder_norm=True,
     ),
-    "JumpReluAutoEncoder": _Class(
-        "jumprelu", {**_PLAIN, "threshold": "threshold"}, apply_b_dec_to_input=False, rescale_acts_by_decoder_norm=True
-    ),
+    "JumpReluAutoEncoder": _Class("jumprelu", {**_PLAIN, "threshold": "threshold"}, apply_b_dec_to_input=False),
     "AutoEncoderTopK": _Class(
         "topk", {**_LINEAR, "b_dec": "b_dec", "k": "k", "threshold": "ignored"}, optional=("k", "threshold")
     ),
@@ -287,10 +285,7 @@ def _learned(folder: Path, hookpoint: str | None) -> StoredDictionary:
         )
     weights = folder / "ae.pt"
     found = read_torch(weights, _shapes(learned.names), sizes, optional=learned.optional)
-    settings: dict[str, Any] = {
-        "apply_b_dec_to_input": learned.apply_b_dec_to_input,
-        "rescale_acts_by_decoder_norm": learned.rescale_acts_by_decoder_norm,
-    }
+    settings: dict[str, Any] = {"apply_b_dec_to_input": learned.apply_b_dec_to_input}
     tensors = _fields(found, learned.names)
     if learned.architecture == "topk":
         stored = int(found["k"]) if "k" in found else None
@@ -338,12 +333,14 @@ def write_folder(
         about |= {name: settings[name] for name in ("k", "rescale_acts_by_decoder_norm")}
     named = {theirs: tensors[ours].cpu().contiguous() for theirs, ours in _SAELENS[architecture][1].items()}
     temporary = folder.parent / f".interp-{secrets.token_hex(8)}"
+    config, weights = temporary / "cfg.json", temporary / "sae_weights.safetensors"
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise FormatError(f"{folder}: expected a new or an empty folder, found one that holds files")
         temporary.mkdir(parents=True)
-        save_file(named, temporary / "sae_weights.safetensors")
-        (temporary / "cfg.json").write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
+        save_file(named, weights)
+        config.write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
+        weights.chmod(config.stat().st_mode)  # readable for whom new files are; safetensors makes its own private
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{folder}: cannot be written ({shown(str(error))[1:-1]})") from None

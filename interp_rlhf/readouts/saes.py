@@ -1,12 +1,12 @@
 """Sparse dictionaries: autoencoders read from other libraries' folders, and the two methods any other object needs.
 
-With ``x [d]`` an activation, ``n`` the normalisation of activations, ``s_i = ‖W_dec[i]‖`` where activations are
-rescaled by the decoder's norm and 1 elsewhere::
+With ``x [d]`` an activation, ``n`` the normalisation of activations, ``s_i = ‖W_dec[i]‖`` where features are rescaled
+by the decoder's norm and 1 elsewhere::
 
     p = (n(x) − b_dec·[apply_b_dec_to_input]) W_enc + b_enc
-    standard   z = ReLU(p) s                          Bricken et al. 2023, "Towards Monosemanticity"
-    gated      z = [p_gate > 0] ReLU(p_magnitude) s   Rajamanoharan et al. 2024, arXiv 2404.16014
-    jumprelu   z = ReLU(p) [p > threshold] s          Rajamanoharan et al. 2024, arXiv 2407.14435
+    standard   z = ReLU(p)                            Bricken et al. 2023, "Towards Monosemanticity"
+    gated      z = [p_gate > 0] ReLU(p_magnitude)     Rajamanoharan et al. 2024, arXiv 2404.16014
+    jumprelu   z = ReLU(p) [p > threshold]            Rajamanoharan et al. 2024, arXiv 2407.14435
     topk       z = ReLU(p s) for the k largest        Gao et al. 2024, arXiv 2406.04093
     batchtopk  z = ReLU(p s) [p s > threshold]        Bussmann et al. 2024, arXiv 2412.06410, section 3.3 (inference)
     x̂ = n⁻¹((z / s) W_dec + b_dec)
@@ -66,7 +66,7 @@ class SparseAutoencoder:
         normalisation: ``none``; ``length`` scales every activation to length ``√d``; ``layer_norm`` makes its mean 0
             and its standard deviation 1.
         scale: factor on the activations before all else.
-        rescale_acts_by_decoder_norm: ``s`` in the formulas is the decoder's norm.
+        rescale_acts_by_decoder_norm: ``s`` in the formulas is the decoder's norm; for topk and batchtopk.
 
     Raises:
         MeasurementError: a shape does not fit, a tensor is missing or not finite.
@@ -111,6 +111,11 @@ class SparseAutoencoder:
                 f"{self.architecture}"
             )
         if self.rescale_acts_by_decoder_norm:
+            if self.architecture not in ("topk", "batchtopk"):
+                raise ConfigError(
+                    f"{self._place}: rescale_acts_by_decoder_norm: expected topk or batchtopk, "
+                    f"found {self.architecture}"
+                )
             object.__setattr__(self, "_norms", self.W_dec.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
 
     def _check_tensors(self) -> None:
@@ -188,13 +193,11 @@ class SparseAutoencoder:
         if self.b_gate is not None and self.r_mag is not None:
             # two products, where one would do up to rounding: SAELens rounds like this
             z = torch.relu(x @ (weight * part(self.r_mag).exp()) + part(self.b_enc))
-            z = z * (x @ weight + part(self.b_gate) > 0)
-            return z if self._norms is None else z * part(self._norms)
+            return z * (x @ weight + part(self.b_gate) > 0)
         p = x @ weight + part(self.b_enc)
-        if self._norms is not None and self.architecture == "batchtopk":
+        if self._norms is not None:
             p = p * part(self._norms)
-        z = torch.relu(p) if self.threshold is None else torch.relu(p) * (p > part(self.threshold))
-        return z if self._norms is None or self.architecture == "batchtopk" else z * part(self._norms)
+        return torch.relu(p) if self.threshold is None else torch.relu(p) * (p > part(self.threshold))
 
     def _top(self, p: Tensor) -> Tensor:
         found = (p if self._norms is None else p * self._norms).topk(self.k or 0, dim=-1, sorted=False)
@@ -323,9 +326,9 @@ class SparseAutoencoder:
     def save(self, path: str | Path) -> None:
         """Write a folder that SAELens 6 and :meth:`from_folder` read; it appears complete or not at all.
 
-        SAELens has no batchtopk for reading and rescales by the decoder's norm for topk alone: a batchtopk dictionary
-        becomes a jumprelu one, and a scale or rescaling it cannot express is multiplied into the weights, which leaves
-        activations as they are but for rounding and gives another :attr:`hash`.
+        SAELens reads no batchtopk: such a dictionary becomes a jumprelu one. A scale, and a rescaling that jumprelu
+        does not have, are multiplied into the weights, which leaves activations as they are but for rounding and gives
+        another :attr:`hash`.
 
         Raises:
             FormatError: the folder exists and is not empty, or cannot be written.
@@ -340,8 +343,7 @@ class SparseAutoencoder:
         if self._norms is not None and (self.architecture != "topk" or self.scale != 1):
             changes["rescale_acts_by_decoder_norm"] = False
             changes["W_dec"] = self.W_dec / self._norms[:, None]
-            scaled = ("W_enc", "b_enc", "b_gate") + (("threshold",) if self.architecture == "jumprelu" else ())
-            changes.update({part: changes[part] * self._norms for part in scaled if part in changes})
+            changes.update({part: changes[part] * self._norms for part in ("W_enc", "b_enc")})
         if self.scale != 1 and self.normalisation == "none":
             changes["W_enc"] = changes["W_enc"] * self.scale
             changes.update({part: changes[part] / self.scale for part in ("W_dec", "b_dec")})
