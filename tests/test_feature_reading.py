@@ -157,10 +157,13 @@ class _Ranks:
         into[:] = [self.calls[self.turn].get(rank, own) for rank in range(len(into))]
         self.turn += 1
 
+    all_gather = all_gather_object
+
 
 def on_every_rank(size: int, work: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ranks = _Ranks()
-    monkeypatch.setattr(feature_reading.dist, "all_gather_object", ranks.all_gather_object)
+    for name in ("all_gather_object", "all_gather"):
+        monkeypatch.setattr(feature_reading.dist, name, getattr(ranks, name))
     for last in (False, True):
         found = []
         for rank in range(size):
@@ -190,6 +193,21 @@ def test_parts_of_ranks_are_the_whole_on_every_rank(n: int, size: int, monkeypat
         return gather_features(part_of(real, prompts, model), n, world)
 
     for reading in on_every_rank(size, work, monkeypatch):
+        equal(reading, whole)
+
+
+@pytest.mark.parametrize(("n", "scored"), [(5, 2), (4, 1)])
+def test_a_table_on_two_ranks_counts_every_text_once(n: int, scored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both shares of a rank, of scored and of other texts, may end in a row that only pads it: the first text's."""
+    model, table, plan, config = setting(n, n, scored)
+    plan = replace(plan, audit=PromptSet("test", "named", table.prompts))
+
+    def work(world: World) -> FeatureReading:
+        stream = FeatureStream(Grid(), "early", "layers.0.resid_post")
+        return read_table(model, table, plan, config, world, streams=[stream]).features["early"]
+
+    whole = work(ALONE)
+    for reading in on_every_rank(2, work, monkeypatch):
         equal(reading, whole)
 
 

@@ -231,6 +231,22 @@ def test_reconstructions_may_need_the_activations() -> None:
     assert named.error > 0.1 * reading.power
 
 
+@pytest.mark.parametrize("options", [{"architecture": "standard"}, {"architecture": "topk", "k": 5}])
+@pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
+def test_sparse_autoencoders_are_read_as_they_reconstruct(options: dict[str, Any], normalisation: Any) -> None:
+    from interp_rlhf.readouts.saes import SparseAutoencoder
+
+    small, values = Small(bias=0.0), texts()
+    weights = {"W_enc": small.into, "b_enc": torch.zeros(F), "W_dec": small.out, "b_dec": torch.full((D,), 0.1)}
+    sae = SparseAutoencoder("sae", "layers.0.resid_post", **options, **weights, normalisation=normalisation)
+    reading = stream_through(FeatureStream(sae, sae.name, sae.hookpoint), values, size=4).reading()
+    x = torch.cat(values)
+    np.testing.assert_allclose(reading.error, (x - sae.reconstruct(x)).double().square().sum().item(), rtol=1e-5)
+    assert reading.l0 == int((sae.encode(x) != 0).sum())
+    some = stream_through(FeatureStream(sae, sae.name, features=[7, 2]), values).reading()
+    torch.testing.assert_close(some.dense([2, 7]), reading.dense([2, 7]))
+
+
 class Entrywise(Small):
     """Decodes what fired alone."""
 
