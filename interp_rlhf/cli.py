@@ -71,25 +71,44 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_fit(verbs: Any) -> None:
-    fit = verbs.add_parser("fit", help="fit a probe or a direction on contrast pairs, labelled texts or a concept pack")
-    fit.add_argument("kind", choices=("probe", "direction"))
-    fit.add_argument("--model", type=Path, required=True, metavar="DIR", help="a saved model or PEFT adapter")
-    fit.add_argument("--hookpoint", required=True, metavar="NAME", help="for example layers.50%%.resid_post")
-    fit.add_argument("--out", type=Path, required=True, metavar="FILE")
-    texts = fit.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines with prompt, chosen, rejected")
-    texts.add_argument("--labels", type=Path, metavar="FILE", help="JSON lines with a text and a label, true or false")
-    texts.add_argument("--pack", metavar="NAME", help="a packaged concept pack, or the path of one")
-    fit.add_argument("--name", metavar="NAME", help="the readout's name (default: the pack's or the file's)")
-    fit.add_argument("--base", type=Path, metavar="DIR", help="the model that an adapter is put on")
-    fit.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the model's")
-    fit.add_argument("--tokens", choices=("completion", "prompt", "all"), default="completion")
-    fit.add_argument("--folds", type=int, default=5, metavar="K")
-    fit.add_argument("--fpr", type=float, default=0.2, metavar="RATE", help="false-positive rate of the threshold")
-    fit.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens kept per text")
-    fit.add_argument("--batch-size", type=int, default=16, metavar="N")
-    fit.add_argument("--seed", type=int, default=0, metavar="N")
-    fit.set_defaults(verb=_fit)
+    fit = verbs.add_parser("fit", help="fit a probe, a direction or a dictionary of features on a saved model")
+    kinds = fit.add_subparsers(dest="kind", required=True)
+    for kind in ("probe", "direction"):
+        one = kinds.add_parser(kind, help=f"a {kind} on contrast pairs, labelled texts or a concept pack")
+        _add_fit_common(one, "FILE")
+        texts = one.add_mutually_exclusive_group(required=True)
+        texts.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines with prompt, chosen, rejected")
+        texts.add_argument(
+            "--labels", type=Path, metavar="FILE", help="JSON lines with a text and a label, true or false"
+        )
+        texts.add_argument("--pack", metavar="NAME", help="a packaged concept pack, or the path of one")
+        one.add_argument("--tokens", choices=("completion", "prompt", "all"), default="completion")
+        one.add_argument("--folds", type=int, default=5, metavar="K")
+        one.add_argument("--fpr", type=float, default=0.2, metavar="RATE", help="false-positive rate of the threshold")
+        one.set_defaults(verb=_fit)
+    sae = kinds.add_parser("sae", help="a sparse autoencoder on the activations of texts (extra 'sae')")
+    _add_fit_common(sae, "DIR")
+    sae.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines of texts or preference pairs")
+    sae.add_argument("--width", type=int, required=True, metavar="F", help="number of features")
+    sae.add_argument("--architecture", choices=("topk", "batchtopk", "standard", "jumprelu", "gated"), default="topk")
+    sae.add_argument("--k", type=int, default=32, metavar="K", help="features per token of topk and batchtopk")
+    sae.add_argument("--sparsity", type=float, default=1.0, metavar="C", help="penalty on activity of the others")
+    sae.add_argument("--train-tokens", type=int, default=2_000_000, metavar="N", help="tokens to train on")
+    sae.add_argument("--batch", type=int, default=1024, metavar="N", help="tokens per step")
+    sae.add_argument("--lr", type=float, default=3e-4, metavar="RATE")
+    sae.set_defaults(verb=_fit_sae)
+
+
+def _add_fit_common(one: Any, out: str) -> None:
+    one.add_argument("--model", type=Path, required=True, metavar="DIR", help="a saved model or PEFT adapter")
+    one.add_argument("--hookpoint", required=True, metavar="NAME", help="for example layers.50%%.resid_post")
+    one.add_argument("--out", type=Path, required=True, metavar=out)
+    one.add_argument("--name", metavar="NAME", help="of what is fitted (default: the pack's or the file's)")
+    one.add_argument("--base", type=Path, metavar="DIR", help="the model that an adapter is put on")
+    one.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the model's")
+    one.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens kept per text")
+    one.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts per forward pass")
+    one.add_argument("--seed", type=int, default=0, metavar="N")
 
 
 def _add_measure(verbs: Any) -> None:
@@ -123,6 +142,15 @@ def _fit(options: argparse.Namespace) -> int:
     settings = FitOptions(**{name: getattr(options, name) for name in (*names, "folds", "fpr", "seed")})
     work = fit_probe_file if options.kind == "probe" else fit_direction
     print(work(options.model, options.out, settings))
+    return FINE
+
+
+def _fit_sae(options: argparse.Namespace) -> int:
+    from interp_rlhf.sae_training import SaeOptions, fit_sae
+
+    names = ("hookpoint", "data", "width", "architecture", "k", "sparsity", "batch", "lr", "name", "tokenizer", "base")
+    settings = {name: getattr(options, name) for name in (*names, "max_length", "batch_size", "seed")}
+    print(fit_sae(options.model, options.out, SaeOptions(**settings, tokens=options.train_tokens)))
     return FINE
 
 

@@ -135,7 +135,7 @@ class CircuitsConfig:
         random: random circuits of that size, the null of faithfulness.
         every: cadence in optimizer steps; ``null``: with every measurement. Saves and the end always are.
         batch_size: pairs per pass.
-        memory: MiB that attribution may take beyond the passes themselves.
+        memory: MiB that attribution may take beyond the passes and one pass's compact activations.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT

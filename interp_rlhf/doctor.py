@@ -71,7 +71,7 @@ EXTRAS: tuple[Extra, ...] = (
     Extra("tensorboard", ("tensorboard",), "no rows in TensorBoard"),
     Extra("deepspeed", ("deepspeed",), "no ZeRO stages; single process, DDP and FSDP2 are not affected"),
     Extra("report", ("plotly", "jinja2"), "no report.html; timeline, snapshots and console summary are not affected"),
-    Extra("sae", ("sae-lens",), "nothing in this release needs it"),
+    Extra("sae", ("sae-lens",), "no dictionary of features can be trained (fit sae)"),
     Extra("test", ("pytest", "beartype"), "the tests do not run"),
 )
 

@@ -186,6 +186,8 @@ def _tasks(config: InterpConfig, model: nn.Module, tokenizer: Any, limit: int) -
     for task in tasks:
         if task.metric == "kl" and wanted.method == "eap":
             raise ConfigError(f"circuits: task {task.name!r}: metric kl has no gradient at the clean run, use eap-ig")
+        if task.probe is not None:
+            resolve_hookpoints([task.probe.hookpoint], layout(model, layers=config.layers))
         longest = max(task.pairs, key=lambda pair: pair.length)
         if longest.length > limit:
             found = f"pair {longest.id}: {longest.length} tokens"

@@ -413,6 +413,26 @@ def test_bad_inputs_are_named():
 # ------------------------------------------------------------------------------------------ what the wiring is sure of
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 1.5}, "steps of at least 1; found 'eap', 'patching', 1.5"),
+        ({"metric": None}, "a metric to call"),
+        ({"memory": float("nan")}, "a memory of MiB"),
+        ({"clean": {"input_ids": [[3, 4]]}}, "clean: input_ids: expected a tensor, found list"),
+        ({"clean": {"input_ids": torch.full((3, 6), 64)}}, "clean: input_ids: expected ids below 64, the model's"),
+        (
+            {"clean": {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2)}},
+            "clean: row 0: expected a token that is no padding",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(changes: dict[str, Any], words: str):
+    clean, corrupt = pair()
+    with pytest.raises(MeasurementError, match=words):
+        attribute_edges(make_model("llama"), **({"clean": clean, "corrupt": corrupt, "metric": logit_diff} | changes))
+
+
 def test_a_hook_that_changes_a_projection_or_a_norm_is_refused():
     clean, corrupt = pair()
     for place in ("self_attn.v_proj", "self_attn.o_proj", "input_layernorm"):

@@ -104,25 +104,27 @@ def test_rows_that_make_no_verdict_say_why() -> None:
     assert found.word is None and "effect_ratio: expected a finite number" in found.why
 
 
-def test_control_runs_say_whether_the_preferences_are_needed_for_it() -> None:
-    rows = [*circuit_rows("t", 0), *circuit_rows("t", 40, **ENDINGS["lost"])]
-
+def test_control_runs_say_what_scrambled_preferences_do() -> None:
     def control(number: int, word: str, step: int = 40, *, circuits: bool = True) -> ControlTable:
         theirs = table_of([*circuit_rows("t", 0), *circuit_rows("t", step, **ENDINGS[word])])
         return ControlTable(f"{number:02d}", "pairs swapped", theirs, circuits=circuits)
 
-    def said(*controls: ControlTable) -> str:
+    def said(word: str, *controls: ControlTable) -> str:
+        rows = [*circuit_rows("t", 0), *circuit_rows("t", 40, **ENDINGS[word])]
         (found,) = mechanisms_of(table_of(rows), controls)
         return found.against_controls
 
-    assert said() == ""
-    alike = "Lost in 1 of 2 control runs as well; the preferences are not needed for it."
-    assert said(control(1, "lost"), control(2, "same")) == alike
-    none = "Lost in none of 2 control runs (relocated 1, same 1; smallest possible p 0.33)."
-    assert said(control(1, "relocated"), control(2, "same")) == none
-    assert said(control(1, "lost", step=20), control(2, "lost", circuits=False)) == "", "nothing that can be compared"
-    (same,) = mechanisms_of(table_of([*circuit_rows("t", 0), *circuit_rows("t", 40)]), [control(1, "same")])
-    assert same.against_controls == "Same in 1 of 1 control run as well."
+    assert said("lost") == ""
+    both = control(1, "diffuse"), control(2, "same")
+    assert said("lost", *both) == "With scrambled preferences: diffuse 1, same 1; an alarm in 1 of 2, p 0.67."
+    none = control(1, "relocated"), control(2, "same")
+    assert said("lost", *none) == "With scrambled preferences: relocated 1, same 1; an alarm in 0 of 2, p 0.33."
+    assert said("same", *both) == "With scrambled preferences: diffuse 1, same 1.", "no finding, no p"
+    other = control(1, "lost", step=20), control(2, "lost", circuits=False)
+    assert said("lost", *other) == "With scrambled preferences: 2 not compared: other tasks, settings or steps."
+    assert said("lost", other[0], both[1]) == (
+        "With scrambled preferences: same 1; an alarm in 0 of 1, p 0.5; 1 not compared: other tasks, settings or steps."
+    )
 
 
 def test_control_runs_stand_beside_verdicts_on_console_and_page(tmp_path: Path) -> None:
@@ -135,12 +137,12 @@ def test_control_runs_stand_beside_verdicts_on_console_and_page(tmp_path: Path) 
     controls = find_controls(run)
     assert len(controls.used) == 1, controls.left_out
     options = {"tolerance": 0.1, "confidence": 0.95}
-    sentence = "Lost in 1 of 1 control run as well; the preferences are not needed for it."
+    sentence = "With scrambled preferences: lost 1; an alarm in 1 of 1, p 1."
     assert sentence in render_text(summarise(run.timeline(), run.events, controls=controls, **options))
     itself = replace(controls, itself="control run 1: pairs swapped")
     assert sentence not in render_text(summarise(run.timeline(), run.events, controls=itself, **options))
     page = render_report(run)
-    assert sentence in page and "(in 1 of 1 control run as well)" in page
+    assert sentence in page and "(an alarm in 1 of 1 control run too)" in page
 
 
 def test_the_console_has_one_line_per_task(tmp_path: Path) -> None:

@@ -76,9 +76,18 @@ def test_circuits_read_with_other_settings_are_not_compared(tmp_path: Path, thei
     run = make_run(tmp_path / "interp")
     circuits = {"method": "eap", "every": 7}
     run.info["config"]["circuits"] = circuits
+    run.info["circuits"] = [{"task": "t", "sha256": "ab"}]
     store_run(tmp_path, run.info, run.rows)
     config = run.info["config"] | {"circuits": circuits | theirs}
     assert [control.circuits for control in add(run, {"config": config}).used] == [same]
+    other = {"circuits": [{"task": "t", "sha256": "cd"}], "control": CONTROL | {"number": 8}}
+    assert [control.circuits for control in add(run, other, name="08").used] == [same, False]
+
+
+def test_what_else_a_control_run_measured_or_failed_at_leaves_its_drift_comparable(run: SyntheticRun) -> None:
+    failure = {"event": "failure", "step": 10, "what": "circuit of t", "reason": "no"}
+    found = add(run, {"circuits": [{"task": "t"}], "sealed_probe": {"sha256": "ab"}}, events=[failure])
+    assert len(found.used) == 1 and not found.left_out and not found.used[0].circuits
 
 
 def test_versions_and_world_size_are_noted(run: SyntheticRun) -> None:

@@ -49,7 +49,7 @@ def attribute_edges(
     steps: int = 5,
     ablation: Ablation = "patching",
     reads: str | None = None,
-    memory: int = 512,
+    memory: float = 512,
     layers: str | None = None,
 ) -> Circuit:
     """Score of every edge between the components of a model, as it is: wrapped, adapted, in training.
@@ -90,13 +90,10 @@ def attribute_edges(
         MeasurementError: partitioned weights (ZeRO-3, FSDP2); inputs of unequal length; a metric that gives anything
             but finite ``[B]`` or writes into what it is given; too little memory.
     """
-    if method not in get_args(Method) or ablation not in get_args(Ablation) or steps < 1:
-        raise MeasurementError(
-            f"attribute_edges: expected a method of {', '.join(get_args(Method))}, an ablation of "
-            f"{', '.join(get_args(Ablation))} and steps of at least 1; found {method!r}, {ablation!r}, {steps!r}"
-        )
+    _check_settings(metric, method, steps, ablation, memory)
     wiring = find_wiring(model, layers=layers)
     pair = paired_inputs(clean, corrupt, wiring.engine.device)
+    _check_tokens(wiring, pair)
     with measuring(model):
         scores = attribute_pair(
             wiring, pair, metric, method=method, steps=steps, ablation=ablation, reads=reads, memory=memory
@@ -112,6 +109,27 @@ def attribute_edges(
     )
 
 
+def _check_settings(metric: Metric, method: Method, steps: int, ablation: Ablation, memory: float) -> None:
+    whole = type(steps) is int and steps >= 1
+    if method not in get_args(Method) or ablation not in get_args(Ablation) or not whole:
+        raise MeasurementError(
+            f"attribute_edges: expected a method of {', '.join(get_args(Method))}, an ablation of "
+            f"{', '.join(get_args(Ablation))} and steps of at least 1; found {method!r}, {ablation!r}, {steps!r}"
+        )
+    if not callable(metric) or not isinstance(memory, int | float) or not 0 <= memory < float("inf"):
+        raise MeasurementError(
+            f"attribute_edges: expected a metric to call and a memory of MiB, found {metric!r} and {memory!r}"
+        )
+
+
+def _check_tokens(wiring: Wiring, pair: Pair) -> None:
+    known = getattr(wiring.parts.embed, "num_embeddings", None)
+    for name, inputs in zip(("clean", "corrupt"), pair, strict=True):
+        largest = int(inputs["input_ids"].max())
+        if isinstance(known, int) and largest >= known:
+            raise MeasurementError(f"{name}: input_ids: expected ids below {known}, the model's, found {largest}")
+
+
 def attribute_pair(
     wiring: Wiring,
     pair: Pair,
@@ -121,7 +139,7 @@ def attribute_pair(
     steps: int,
     ablation: Ablation,
     reads: str | None,
-    memory: int,
+    memory: float,
     baseline: Sources | None = None,
 ) -> Tensor:
     """Scores ``[S, T]`` on one batch of a model whose wiring is known, inside ``measuring``; see above."""
@@ -137,12 +155,12 @@ def _attribute(
     steps: int,
     ablation: Ablation,
     reads: str | None,
-    memory: int,
+    memory: float,
     baseline: Sources | None,
 ) -> Tensor:
     """Mean scores ``[S, T]``; ``steps = 0`` is EAP."""
     clean = Pass(wiring, pair[0], reads)
-    rows, memory = len(pair[0]["input_ids"]), memory * 2**20
+    rows, memory = len(pair[0]["input_ids"]), int(memory * 2**20)
     weights = Weights(wiring, memory)
     baseline = ablated(wiring, pair[1], ablation, reads, baseline)
     if not steps:
@@ -179,7 +197,7 @@ def _exact(
     metric: Metric,
     ablation: Ablation,
     reads: str | None,
-    memory: int,
+    memory: float,
     baseline: Sources | None,
 ) -> Tensor:
     """Metric with one edge corrupted − clean metric, for every edge, mean over examples ``[S, T]``."""

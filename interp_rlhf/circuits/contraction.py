@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -126,8 +127,7 @@ def _add_chunk(
         _add(scores, written[:seen], mlp_reader(block, gradients, part)[None], column + readers)
         known, column = known + heads + 1, column + readers + 1
         written[known - 1] = deltas.mlps[layer][part]
-    end = torch.stack([one.end[part] for one in found]).sum(0) if len(found) > 1 else found[0].end[part]
-    _add(scores, written[:known], end[None], len(graph.targets) - 1)
+    _add(scores, written[:known], _sum([one.end[part] for one in found])[None], len(graph.targets) - 1)
 
 
 def _add(scores: Tensor, written: Tensor, readers: Tensor, column: int) -> None:
@@ -168,5 +168,9 @@ def mlp_reader(block: Block, gradients: Sequence[Gradients], part: slice) -> Ten
     """Gradient ``[P, d]`` at the MLP's own copy of the residual stream, summed over passes."""
     norm = block.mlp_norm
     if norm is None:
-        return torch.stack([one.mlp[part] for one in gradients]).sum(0)
-    return torch.stack([norm.backward(one.x_mlp[part], one.mlp[part]) for one in gradients]).sum(0)
+        return _sum([one.mlp[part] for one in gradients])
+    return reduce(torch.add, (norm.backward(one.x_mlp[part], one.mlp[part]) for one in gradients))
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)

@@ -86,7 +86,7 @@ def measured(metric: Metric, now: Tensor, clean: Tensor) -> Tensor:
 class RunWeights:
     """Each layer's weights in float32, kept where all fit into half of ``memory`` MiB, else only the last layer's."""
 
-    def __init__(self, wiring: Wiring, memory: int) -> None:
+    def __init__(self, wiring: Wiring, memory: float) -> None:
         parts, graph = wiring.parts, wiring.graph
         size = 8 * parts.n_layers * (graph.n_heads + graph.n_kv_heads) * parts.head_dim * parts.d_model
         self._wiring, self._keep = wiring, size <= memory * 2**19

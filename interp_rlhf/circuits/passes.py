@@ -358,6 +358,9 @@ def _arguments(name: str, given: Mapping[str, Tensor], device: torch.device) -> 
         raise MeasurementError(
             f"{name}: expected input_ids and attention_mask, found {', '.join(sorted(given)) or 'nothing'}"
         )
+    strange = [key for key, value in given.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise MeasurementError(f"{name}: {strange[0]}: expected a tensor, found {type(given[strange[0]]).__name__}")
     ids = given["input_ids"]
     mask = given.get("attention_mask", torch.ones_like(ids))
     if ids.dim() != 2 or 0 in ids.shape or mask.shape != ids.shape:
@@ -367,5 +370,8 @@ def _arguments(name: str, given: Mapping[str, Tensor], device: torch.device) -> 
         )
     if ids.is_floating_point() or bool((ids < 0).any()) or not bool(((mask == 0) | (mask == 1)).all()):
         raise MeasurementError(f"{name}: expected token ids of 0 or more and a mask of 0 and 1, found others")
+    empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise MeasurementError(f"{name}: row {empty[0]}: expected a token that is no padding, found none")
     ids, mask = (value.to(device, torch.long, copy=value.is_inference()) for value in (ids, mask))
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}

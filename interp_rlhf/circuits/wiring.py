@@ -1,6 +1,7 @@
 """How a model's heads and MLPs are wired to its residual stream: found on the live modules, then checked by arithmetic.
 
-Where queries, keys and values come out of a projection is known by the projection's name (table below). All the rest
+Where queries, keys and values come out of a projection is guessed by the projection's name (table below), and the
+attention is asked whether that is so (:mod:`interp_rlhf.circuits.roles`). All the rest
 is traced on one short forward pass: the norm before a reader is the module that gave it its input, a norm after a
 component is the one that took its output, and a block is parallel when its MLP reads what its attention reads. The
 trace ends with the sum that every edge score rests on: ``layer output = layer input + attention + MLP``. An
@@ -33,6 +34,7 @@ from interp_rlhf.activations.hookpoints import ModelLayout, layout
 from interp_rlhf.circuits.graph import Graph
 from interp_rlhf.circuits.linear import check_linear, effective_weight
 from interp_rlhf.circuits.norms import Norm, close, find_norm
+from interp_rlhf.circuits.roles import check_queries_and_keys, check_values
 from interp_rlhf.errors import HookpointError, MeasurementError
 
 #: Tokens of the pass on which the wiring is traced.
@@ -119,8 +121,12 @@ def find_wiring(model: nn.Module, *, layers: str | None = None) -> Wiring:
     if not engine.pads_left:
         raise MeasurementError("model: a prompt-learning adapter adds virtual tokens, expected none for circuits")
     with measuring(model):
-        seen = _trace(parts, engine)
+        inputs = _inputs(parts, engine)
+        seen = _trace(parts, engine, inputs)
         blocks = [_block(parts, seen, index) for index in range(parts.n_layers)]
+        attentions = [parts.attention(index) for index in range(parts.n_layers)]
+        streams = {layer: seen[layer].input for layer in parts.layers}
+        check_queries_and_keys(blocks, attentions, streams, engine, inputs)
         final = _final_norm(parts, seen)
     parallel = {block.parallel for block in blocks if block.parallel is not None}
     groups = {block.k.columns.shape[0] for block in blocks}
@@ -156,7 +162,15 @@ class _Seen:
     output: Tensor
 
 
-def _trace(parts: ModelLayout, engine: Engine) -> Mapping[nn.Module, _Seen]:
+def _inputs(parts: ModelLayout, engine: Engine) -> dict[str, Tensor]:
+    """A short text, ``[1, T]`` each."""
+    config: Any = parts.causal_lm.config
+    ids = torch.arange(1, 1 + _TRACED, device=engine.device)[None] % config.get_text_config(decoder=True).vocab_size
+    positions = torch.arange(_TRACED, device=engine.device)[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+def _trace(parts: ModelLayout, engine: Engine, inputs: Mapping[str, Tensor]) -> Mapping[nn.Module, _Seen]:
     """Inputs and outputs of the layers, their children, the projections and the backbone's children."""
     watched = {parts.decoder, *parts.decoder.children(), *parts.layers}
     for index, layer in enumerate(parts.layers):
@@ -169,14 +183,11 @@ def _trace(parts: ModelLayout, engine: Engine) -> Mapping[nn.Module, _Seen]:
         if isinstance(given, Tensor) and isinstance(first_tensor(output), Tensor):
             seen[module] = _Seen(given.detach().clone(), first_tensor(output).detach().clone())
 
-    config: Any = parts.causal_lm.config
-    ids = torch.arange(1, 1 + _TRACED, device=engine.device)[None] % config.get_text_config(decoder=True).vocab_size
-    positions = torch.arange(_TRACED, device=engine.device)[None]
     with ExitStack() as hooks:
         for module in watched:
             if not isinstance(module, nn.ModuleList):
                 hooks.callback(module.register_forward_hook(see, with_kwargs=True).remove)
-        engine.run({"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions})
+        engine.run(inputs)
     return seen
 
 
@@ -206,7 +217,7 @@ def _block(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], index: int) -> B
     _check_block(index, layer, parallel, x, read, read_mlp, added, added_mlp, seen[layer].output)
     for name, module in {"queries": q.module, "keys": k.module, "values": v.module, "attention output": output}.items():
         check_linear(f"layers.{index}: {name}", module, seen[module].input, seen[module].output)
-    return Block(
+    block = Block(
         layer=layer,
         q=q,
         k=k,
@@ -223,6 +234,8 @@ def _block(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], index: int) -> B
         mlp_end=mlp_out if after_mlp is None else after_mlp[0],
         parallel=parallel,
     )
+    check_values(f"layers.{index}", block, seen[v.module].output, seen[output].input)
+    return block
 
 
 def _check_block(

@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from interp_rlhf.audit.timeline import live_events
-from interp_rlhf.drift.circuit_verdict import HIGH_FROM, CircuitEvidence, Word, circuit_evidence, circuit_verdict
+from interp_rlhf.drift.circuit_verdict import (
+    ALARMS,
+    HIGH_FROM,
+    CircuitEvidence,
+    Word,
+    circuit_evidence,
+    circuit_verdict,
+)
 from interp_rlhf.errors import FormatError, MeasurementError
 from interp_rlhf.measurement import Measurement
 from interp_rlhf.report.rows import measurements
@@ -51,6 +58,7 @@ class Mechanism:
         start, now: metric to row at those steps.
         evidence: what the verdict was made from.
         controls: the verdicts of control runs about the same task at the same step.
+        uncompared: control runs that have none to compare.
     """
 
     task: str
@@ -63,19 +71,26 @@ class Mechanism:
     now: Mapping[str, Measurement]
     evidence: CircuitEvidence
     controls: tuple[Word, ...] = ()
+    uncompared: int = 0
+
+    @property
+    def alarmed_controls(self) -> int:
+        """How many of :attr:`controls` end with an alarm."""
+        return sum(word in ALARMS for word in self.controls)
 
     @property
     def against_controls(self) -> str:
-        """One sentence on what became of the mechanism with scrambled preferences; empty without control runs."""
-        if self.word is None or not self.controls:
+        """What became of the mechanism with scrambled preferences, in one sentence; empty without control runs.
+
+        Of an alarm with the rank p of an alarm among the control runs: 1/(k + 1) where none of k has one.
+        """
+        if self.word is None or not (self.controls or self.uncompared):
             return ""
-        k, alike = len(self.controls), self.controls.count(self.word)
-        runs = f"{k} control run{'' if k == 1 else 's'}"
-        if alike:
-            alone = "; the preferences are not needed for it" if self.word not in ("same", "undetermined") else ""
-            return f"{self.word.capitalize()} in {alike} of {runs} as well{alone}."
-        others = ", ".join(f"{word} {self.controls.count(word)}" for word in WORDS if word in self.controls)
-        return f"{self.word.capitalize()} in none of {runs} ({others}; smallest possible p {1 / (k + 1):.2g})."
+        k, alarmed = len(self.controls), self.alarmed_controls
+        words = ", ".join(f"{word} {self.controls.count(word)}" for word in WORDS if word in self.controls)
+        rank = f"; an alarm in {alarmed} of {k}, p {(1 + alarmed) / (k + 1):.2g}" if self.alarm and k else ""
+        left = f"{self.uncompared} not compared: other tasks, settings or steps" if self.uncompared else ""
+        return f"With scrambled preferences: {'; '.join(part for part in (words + rank, left) if part)}."
 
     @property
     def high_from(self) -> float | None:
@@ -187,7 +202,7 @@ def mechanisms_of(table: pd.DataFrame, controls: Sequence[ControlTable] = ()) ->
     for mine in _judged(table):
         theirs = [m[mine.task] for m in others if mine.task in m]
         words = tuple(m.word for m in theirs if m.word and (m.start_step, m.step) == (mine.start_step, mine.step))
-        found.append(replace(mine, controls=words))
+        found.append(replace(mine, controls=words, uncompared=len(controls) - len(words)))
     place = {word: index for index, word in enumerate(WORDS)}
     return tuple(sorted(found, key=lambda m: (place.get(m.word, len(WORDS)) if m.word else len(WORDS), m.task)))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 START, TEXT_IDS, SAME_START = "start/", "text_ids", 1e-3
 #: Keys of ``run.json`` and settings that may differ: what makes it a control run, what is done with the numbers, how
 #: often they are taken, and what is measured besides drift (measuring leaves no trace, and only drift is compared).
-_FREE = ("control", "versions", "world_size")
+_FREE = ("control", "versions", "world_size", "circuits", "sealed_probe")
 _FREE_SETTINGS = (
     "control",
     "control_within",
@@ -42,6 +42,8 @@ _FREE_SETTINGS = (
     "on_error",
     "report",
 )
+#: Of these a failure at the last step leaves drift what it is.
+_BESIDE = ("circuit", "components", "causal shares", "sampled completions", "what the start writes", "the quadrant")
 #: What is noted where it differs.
 _NOTED = ("versions", "world_size")
 
@@ -55,7 +57,7 @@ class ControlTable:
         kind: what was scrambled, for example ``pairs swapped``.
         table: its current rows (Measurement columns), all steps.
         notes: what differs and is no reason to leave it out.
-        circuits: whether its circuits were read with the run's settings.
+        circuits: whether its circuits were read on the run's tasks with the run's settings.
     """
 
     name: str
@@ -145,7 +147,8 @@ def _unusable(run: Run, control: Run, step: int | None, seen: Mapping[int, str])
     last = _last_step(table)
     if step is None or last != step:
         return f"its last measured step is {last}, expected {step}"
-    failed = next((e for e in live_events(control.events) if e["event"] == "failure" and e["step"] == last), None)
+    failures = (e for e in live_events(control.events) if e["event"] == "failure" and e["step"] == last)
+    failed = next((e for e in failures if not str(e["what"]).startswith(_BESIDE)), None)
     if failed is not None:
         return f"{failed['what']} failed at its last step: {failed['reason']}"
     missing = sorted(_read(current(run.timeline()), step) - _read(table, step))
@@ -193,10 +196,11 @@ def _table(run: Run, control: Run, name: str) -> ControlTable:
 
 
 def _circuits(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of circuits, without how often they are read: a verdict is about the last reading."""
+    """The tasks and the settings of circuits, without how often they are read: a verdict is about the last reading."""
     config = info.get("config")
     settings = config.get("circuits") if isinstance(config, Mapping) else None
-    return {key: value for key, value in settings.items() if key != "every"} if isinstance(settings, Mapping) else {}
+    kept = {key: value for key, value in settings.items() if key != "every"} if isinstance(settings, Mapping) else {}
+    return kept | {"with": info.get("circuits")}
 
 
 def _last_step(table: pd.DataFrame) -> int | None:

@@ -56,7 +56,7 @@ def test_dpo_on_real_preferences_and_two_control_runs(
     assert main(["report", str(folder)]) == 0
     page = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
     assert "pronoun" in page and found[0].word in page
-    said = "Same in 2 of 2 control runs as well."
+    said = "With scrambled preferences: same 2."
     assert said in page and said in str(handles[0].summary()) and said not in str(handles[1].summary())
 
 
