@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from interp_rlhf.readouts.directions import Direction
     from interp_rlhf.readouts.probes import LinearProbe
+    from interp_rlhf.readouts.saes import SparseAutoencoder
     from interp_rlhf.seam import attach, with_interp
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _PUBLIC: dict[str, str] = {
     "PromptSet": "interp_rlhf.activations.prompt_sets",
     "ReferenceMismatch": "interp_rlhf.errors",
     "Snapshot": "interp_rlhf.audit.snapshots",
+    "SparseAutoencoder": "interp_rlhf.readouts.saes",
     "attach": "interp_rlhf.seam",
     "attribute_edges": "interp_rlhf.circuits.attribution",
     "capture": "interp_rlhf.activations.capturing",
@@ -76,6 +78,7 @@ __all__ = [
     "PromptSet",
     "ReferenceMismatch",
     "Snapshot",
+    "SparseAutoencoder",
     "attach",
     "attribute_edges",
     "capture",

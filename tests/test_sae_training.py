@@ -77,11 +77,11 @@ def test_one_seed_gives_the_same_weights_and_training_is_what_makes_them(folder:
     pytest.importorskip("sae_lens", reason="dictionaries are trained by the extra 'sae'")
     reports = [
         fit_sae(folder / "model", tmp_path / name, options(folder, name="one", tokens=tokens, seed=seed))
-        for name, tokens, seed in (("a", 1280, 0), ("b", 1280, 0), ("c", 1280, 1), ("d", 64, 0))
+        for name, tokens, seed in (("a", 1280, 0), ("b", 1280, 0), ("c", 1280, 1), ("d", 6400, 0))
     ]
     hashes = [SparseAutoencoder.from_folder(report.path, name="one").hash for report in reports]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert reports[0].fvu < 0.8 * reports[3].fvu
+    assert reports[3].fvu < 0.85 * reports[0].fvu
 
 
 def test_the_command_prints_what_it_wrote(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -442,3 +442,25 @@ def test_shapes_are_as_annotated() -> None:
         for x in (activations(), activations()[0, 0], activations().unflatten(-1, (3, 4))):
             assert sae.reconstruct(x).shape == x.shape
             assert sae.encode(x, [1, 2]).shape[-1] == 2
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_few_features_decode_as_all_of_them_do(architecture: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    d, width = 8, 32
+    options: dict[str, Any] = {"topk": {"k": 4}, "jumprelu": {"threshold": torch.full((width,), 0.5)}}.get(
+        architecture, {}
+    )
+    made = SparseAutoencoder(
+        "one", "layers.0.resid_post", architecture,  # type: ignore[arg-type]
+        torch.randn(d, width, generator=generator), torch.randn(width, generator=generator),
+        torch.randn(width, d, generator=generator), torch.randn(d, generator=generator),
+        normalisation="layer_norm", scale=1.5, rescale_acts_by_decoder_norm=architecture == "topk", **options,
+    )  # fmt: skip
+    x = torch.randn(5, d, generator=generator)
+    z = made.encode(x)
+    z[2] = 0
+    row, column = z.nonzero(as_tuple=True)
+    starts = torch.searchsorted(row, torch.arange(6))
+    found = made.decode_entries(starts, column, z[row, column], x)
+    torch.testing.assert_close(found, made.decode(z, x), atol=1e-5, rtol=1e-5)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_rlhf.activations.hookpoints import parse_hookpoint
@@ -194,10 +194,10 @@ class SparseAutoencoder:
             # two products, where one would do up to rounding: SAELens rounds like this
             z = torch.relu(x @ (weight * part(self.r_mag).exp()) + part(self.b_enc))
             return z * (x @ weight + part(self.b_gate) > 0)
-        p = x @ weight + part(self.b_enc)
+        p = torch.addmm(part(self.b_enc), x.reshape(-1, x.shape[-1]), weight).unflatten(0, x.shape[:-1])
         if self._norms is not None:
             p = p * part(self._norms)
-        return torch.relu(p) if self.threshold is None else torch.relu(p) * (p > part(self.threshold))
+        return p.relu_() if self.threshold is None else torch.relu(p) * (p > part(self.threshold))
 
     def _top(self, p: Tensor) -> Tensor:
         found = (p if self._norms is None else p * self._norms).topk(self.k or 0, dim=-1, sorted=False)
@@ -221,16 +221,38 @@ class SparseAutoencoder:
             raise ConfigError(f"{self._place}: expected {self.width} features, found shape {list(z.shape)}")
         with torch.autocast(self.W_enc.device.type, enabled=False):
             z = z.to(self.W_dec.device, torch.float32)
-            out = (z if self._norms is None else z / self._norms) @ self.W_dec + self.b_dec
-            if self.normalisation != "none":
-                if x is None:
-                    raise MeasurementError(
-                        f"{self._place}: expected the activations beside the features: its normalisation "
-                        f"({self.normalisation}) cannot be undone without them; found features alone"
-                    )
-                _, centre, spread = self._normalised(self._flat(x))
-                out = out * spread + centre
-            return out if self.scale == 1 else out / self.scale
+            return self._undone((z if self._norms is None else z / self._norms) @ self.W_dec + self.b_dec, x)
+
+    def decode_entries(
+        self, starts: Int[Tensor, " tokens"], columns: Int[Tensor, " n"], values: Tensor, x: Tensor | None = None
+    ) -> Float[Tensor, "T d"]:
+        """:meth:`decode` of few features: those of token t are ``slice(starts[t], starts[t + 1])`` of the others.
+
+        Args:
+            starts: ``[T + 1]``.
+            columns, values: index and activation of every feature that fired, ``[n]`` each.
+            x: as in :meth:`decode`, ``[T, d]``.
+        """
+        values = values.to(self.W_dec.device, torch.float32)
+        with torch.autocast(self.W_dec.device.type, enabled=False):
+            if self._norms is not None:
+                values = values / self._norms[columns]
+            out = torch.nn.functional.embedding_bag(
+                columns, self.W_dec, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+            )
+            return self._undone(out + self.b_dec, x)
+
+    def _undone(self, out: Tensor, x: Tensor | None) -> Tensor:
+        """What was decoded, with the normalisation of ``x`` undone."""
+        if self.normalisation != "none":
+            if x is None:
+                raise MeasurementError(
+                    f"{self._place}: expected the activations beside the features: its normalisation "
+                    f"({self.normalisation}) cannot be undone without them; found features alone"
+                )
+            _, centre, spread = self._normalised(self._flat(x))
+            out = out * spread + centre
+        return out if self.scale == 1 else out / self.scale
 
     def reconstruct(self, x: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch _"]:
         """``decode(encode(x))`` with the normalisation undone, in the shape of ``x``, float32.
