@@ -19,7 +19,7 @@ projection inside the attention           output columns of a head              
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -204,9 +204,9 @@ def _block(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], index: int) -> B
         if module not in seen:
             raise HookpointError(f"layers.{index}: {type(module).__name__} was not called, expected one forward of it")
     x, attention = seen[layer].input, seen[output].output
-    before = _norm_before(parts, seen, layer, seen[q.module].input)
-    reader = _norm_before(parts, seen, layer, seen[mlp].input)
-    after, after_mlp = _norm_after(parts, seen, layer, attention), _norm_after(parts, seen, layer, seen[mlp_out].output)
+    norms = list(_norms(parts, seen, layer))
+    before, reader = (_norm_before(norms, seen, seen[module].input) for module in (q.module, mlp))
+    after, after_mlp = (_norm_after(norms, seen, value) for value in (attention, seen[mlp_out].output))
     added = attention if after is None else seen[after[0]].output
     added_mlp = seen[mlp_out].output if after_mlp is None else seen[after_mlp[0]].output
     read, read_mlp = (
@@ -301,18 +301,17 @@ def _norms(parts: ModelLayout, seen: Mapping[nn.Module, _Seen], owner: nn.Module
 
 
 def _norm_before(
-    parts: ModelLayout, seen: Mapping[nn.Module, _Seen], layer: nn.Module, value: Tensor
+    norms: Sequence[tuple[nn.Module, Norm]], seen: Mapping[nn.Module, _Seen], value: Tensor
 ) -> tuple[nn.Module, Norm] | None:
     """The layer's norm that gave ``value``."""
-    found = (pair for pair in _norms(parts, seen, layer) if _same(seen[pair[0]].output, value))
-    return next(found, None)
+    return next((pair for pair in norms if _same(seen[pair[0]].output, value)), None)
 
 
 def _norm_after(
-    parts: ModelLayout, seen: Mapping[nn.Module, _Seen], layer: nn.Module, value: Tensor
+    norms: Sequence[tuple[nn.Module, Norm]], seen: Mapping[nn.Module, _Seen], value: Tensor
 ) -> tuple[nn.Module, Norm] | None:
     """The layer's norm that took ``value``."""
-    return next((pair for pair in _norms(parts, seen, layer) if _same(seen[pair[0]].input, value)), None)
+    return next((pair for pair in norms if _same(seen[pair[0]].input, value)), None)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -194,7 +194,7 @@ class SparseAutoencoder:
             # two products, where one would do up to rounding: SAELens rounds like this
             z = torch.relu(x @ (weight * part(self.r_mag).exp()) + part(self.b_enc))
             return z * (x @ weight + part(self.b_gate) > 0)
-        p = torch.addmm(part(self.b_enc), x.reshape(-1, x.shape[-1]), weight).unflatten(0, x.shape[:-1])
+        p = torch.addmm(part(self.b_enc), x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
         if self._norms is not None:
             p = p * part(self._norms)
         return p.relu_() if self.threshold is None else torch.relu(p) * (p > part(self.threshold))
