@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from interp_rlhf.activations.capturing import read_prompts
 from interp_rlhf.activations.hookpoints import layout, resolve_hookpoints
+from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, Tokens
 from interp_rlhf.activations.rows import row_texts
@@ -328,26 +328,15 @@ def _paired(name: str, pairs: Sequence[ContrastPair], where: str, options: FitOp
 
 def _pairs(path: Path, tokenizer: Any, limit: int) -> list[ContrastPair]:
     """Pairs of a JSONL file; those of which a side is longer than the limit are left out, never cut."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise PromptError(f"{path}: expected UTF-8 text, found binary data") from None
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            pair = _pair(line, f"{path}, line {number}", tokenizer)
-            if max(len(pair.positive.input_ids), len(pair.negative.input_ids)) <= limit:
-                pairs.append(pair)
+    for place, row in json_lines(path):
+        pair = _pair(row, place, tokenizer)
+        if max(len(pair.positive.input_ids), len(pair.negative.input_ids)) <= limit:
+            pairs.append(pair)
     return pairs
 
 
-def _pair(line: str, place: str, tokenizer: Any) -> ContrastPair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{place}: not valid JSON ({error.msg})") from None
+def _pair(row: Any, place: str, tokenizer: Any) -> ContrastPair:
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise PromptError(f"{place}: expected an object with chosen and rejected, found {found}")

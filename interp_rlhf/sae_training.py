@@ -6,7 +6,6 @@ texts held out ─► the dictionary read back from that folder ─► FVU, L0, 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from interp_rlhf.activations.capturing import capture, read_prompts
 from interp_rlhf.activations.engines import unchanged_random_states
 from interp_rlhf.activations.feature_sums import FeatureReading, FeatureStream
 from interp_rlhf.activations.hookpoints import layout, resolve_hookpoints
+from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.prompts import Prompt, batches
 from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.checkpoints import load_checkpoint, load_tokenizer, model_folder, short_name
@@ -196,23 +196,12 @@ def _lens() -> Any:
 
 def _texts(path: Path, tokenizer: Any, limit: int) -> list[Prompt]:
     """Every text of the file once, cut at ``limit`` tokens, both sides of a pair."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise PromptError(f"{path}: expected UTF-8 text, found binary data") from None
     found: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for place, row in json_lines(path):
         try:
-            row = json.loads(line)
             texts = row_texts(row, tokenizer, max_length=sys.maxsize)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
         except (PromptError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise PromptError(f"{path}, line {number}: {error}") from None
+            raise PromptError(f"{place}: {error}") from None
         for prompt in (prompt for text in texts for prompt in text.prompts):
             cut = replace(
                 prompt, input_ids=prompt.input_ids[:limit], completion_start=min(prompt.completion_start, limit)

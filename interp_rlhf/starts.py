@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.reference import find_frozen
 from interp_rlhf.audit.layout import FOLDER, RESERVED, TEXTS, read_run_file, run_file_name
 from interp_rlhf.audit.sealing import sha256_file
@@ -225,20 +225,10 @@ def read_rows(path: Place) -> list[dict[str, Any]]:
     Raises:
         PromptError: missing, empty or damaged; names file and line.
     """
-    path, rows = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise PromptError(f"{path}, line {number}: not valid JSON") from None
+    rows = []
+    for place, row in json_lines(path):
         if not isinstance(row, dict):
-            raise PromptError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+            raise PromptError(f"{place}: expected an object, found {type(row).__name__}")
         rows.append(row)
     if not rows:
         raise PromptError(f"{path}: expected at least one prompt, found an empty file")

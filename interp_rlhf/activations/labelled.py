@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.rows import row_texts
 from interp_rlhf.errors import PromptError
@@ -35,12 +35,10 @@ class LabelledTexts:
                 and line.
         """
         found: dict[str, tuple[Prompt, bool]] = {}
-        for number, line in enumerate(_lines(Path(path)), start=1):
-            if not line.strip():
-                continue
-            prompt, label = _labelled(line, f"{path}, line {number}", tokenizer, max_length)
+        for place, row in json_lines(path):
+            prompt, label = _labelled(row, place, tokenizer, max_length)
             if found.setdefault(prompt.id, (prompt, label))[1] != label:
-                raise PromptError(f"{path}, line {number}: expected one label per text, found both for the same text")
+                raise PromptError(f"{place}: expected one label per text, found both for the same text")
         labels = tuple(label for _, label in found.values())
         true = sum(labels)
         if min(true, len(labels) - true) < 2:
@@ -49,20 +47,7 @@ class LabelledTexts:
         return cls(name, tuple(prompt for prompt, _ in found.values()), labels)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise PromptError(f"{path}: expected UTF-8 text, found binary data") from None
-
-
-def _labelled(line: str, place: str, tokenizer: Any, max_length: int) -> tuple[Prompt, bool]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{place}: not valid JSON ({error.msg})") from None
+def _labelled(row: Any, place: str, tokenizer: Any, max_length: int) -> tuple[Prompt, bool]:
     label = row.pop("label", None) if isinstance(row, dict) else None
     if not isinstance(label, bool):
         raise PromptError(f"{place}: expected an object with a label, true or false, found label {label!r}")

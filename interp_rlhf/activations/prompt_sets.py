@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.data import IterableDataset
 
+from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.prompts import Prompt
 from interp_rlhf.activations.rows import RowTexts, row_texts
 from interp_rlhf.errors import PromptError
@@ -81,11 +81,7 @@ class PromptSet:
             PromptError: missing, empty or damaged file, or a prompt longer than ``max_length``; names file and line.
         """
         path = Path(path)
-        rows = [
-            _named_row(path, number, line, tokenizer, max_length)
-            for number, line in enumerate(_lines(path), start=1)
-            if line.strip()
-        ]
+        rows = [_named_row(place, row, tokenizer, max_length) for place, row in json_lines(path)]
         if not rows:
             raise PromptError(f"{path}: expected at least one prompt, found an empty file")
         return cls.from_rows([text for row in rows[:n] for text in row], name=path.name, source="named")
@@ -148,21 +144,7 @@ def check_drawable(dataset: Any, name: str) -> None:
         raise PromptError(f"{name}: expected at least one row, found an empty dataset")
 
 
-def _lines(path: Path) -> Sequence[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise PromptError(f"{path}: expected UTF-8 text, found binary data") from None
-
-
-def _named_row(path: Path, number: int, line: str, tokenizer: Any, max_length: int) -> tuple[RowTexts, ...]:
-    place = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{place}: not valid JSON ({error.msg})") from None
+def _named_row(place: str, row: Any, tokenizer: Any, max_length: int) -> tuple[RowTexts, ...]:
     if not isinstance(row, dict):
         raise PromptError(f"{place}: expected an object with a prompt, found {type(row).__name__}")
     try:
