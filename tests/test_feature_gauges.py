@@ -101,7 +101,7 @@ def test_interference_of_a_wide_dictionary_takes_little_memory() -> None:
     decoder = normal(65_536, 8)
     with MemoryMeter() as meter:
         found = gauges.interference(decoder, range(64))
-    assert meter.peak < 80 * 2**20  # the matrix of all features would be 32 GiB
+    assert meter.peak < 40 * 2**20  # the matrix of all features would be 32 GiB
     np.testing.assert_allclose(found.total.mean(), 65_535 / 8, rtol=0.02)
 
 
@@ -117,6 +117,7 @@ def test_effective_tokens_count_equal_codes() -> None:
     z = normal(400).relu()
     reference = z.double().numpy()
     np.testing.assert_allclose(gauges.effective_tokens(z), reference.sum() ** 2 / (reference**2).sum())
+    assert gauges.effective_tokens(-z) == gauges.effective_tokens(z * normal(400, seed=1).sign())
     z = torch.zeros(1000)
     z[::50] = 0.3
     np.testing.assert_allclose(gauges.effective_tokens(z), 20, rtol=1e-6)
@@ -134,8 +135,7 @@ def test_context_entropy_is_scipys() -> None:
 
 def test_nearest_directions_are_cosines_by_size() -> None:
     row = normal(10) * 7
-    vectors = {name: normal(10, seed=seed) for seed, name in enumerate("dbca", start=1)}
-    vectors["same"] = vectors["a"]
+    vectors = {"same": normal(10, seed=4), **{name: normal(10, seed=seed) for seed, name in enumerate("dbca", start=1)}}
     found = gauges.nearest_directions(row, [Direction(name, "layers.0.mlp_out", v) for name, v in vectors.items()])
     truth = {n: float(row @ v / row.norm() / v.norm()) for n, v in vectors.items()}
     assert [name for name, _ in found] == sorted(truth, key=lambda n: (-round(abs(truth[n]), 6), n))

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from shape_checked import checked
+from tiny_models import make_model, make_prompts
 
-from interp_rlhf.activations.top_contexts import TokenCodes
+from interp_rlhf.activations.capturing import read_prompts
+from interp_rlhf.activations.prompts import Prompt
+from interp_rlhf.activations.top_contexts import TokenCodes, TopContexts
 from interp_rlhf.errors import MeasurementError
 
 labels = checked("interp_rlhf.readouts.feature_labels")
@@ -94,13 +97,17 @@ def test_chance_is_above_its_shuffled_labels_once_in_twenty() -> None:
 
 def test_named_tokens_alone_predict_less_or_as_much(both: tuple[TokenCodes, TokenCodes]) -> None:
     fit, held = planted(500, 1), planted(400, 2)
-    label = labels.feature_label(summed(*fit), 3, str, most=1)
-    assert [token for token, _ in label.tokens] == [3]
-    mine = fit[0] == 3
-    guess = np.where(held[0] == 3, fit[1][mine, 3].mean(), fit[1][~mine, 3].mean())
-    found = labels.label_score(summed(*fit), summed(*held), 3, label)
-    np.testing.assert_allclose(found.named, np.corrcoef(guess, held[1][:, 3])[0, 1], rtol=1e-9)
-    assert found.named < found.score
+    label = labels.feature_label(summed(*fit), 3, str, most=2, share=0.01)
+    assert [token for token, _ in label.tokens] == [3, 5]
+    mean = {token: fit[1][fit[0] == token, 1].mean() for token in (3, 5)}
+    others = fit[1][~np.isin(fit[0], [3, 5]), 1].mean()
+    guess = [mean.get(token, others) for token in held[0].tolist()]
+    found = labels.label_score(summed(*fit), summed(*held), 1, label)  # of a feature that fires on others as well
+    np.testing.assert_allclose(found.named, np.corrcoef(guess, held[1][:, 1])[0, 1], rtol=1e-9)
+    own = labels.label_score(summed(*fit), summed(*held), 3, label)
+    assert own.named == pytest.approx(own.score, abs=1e-12)  # of one that these two tokens are all of
+    one = labels.feature_label(summed(*fit), 3, str, most=1)
+    assert labels.label_score(summed(*fit), summed(*held), 3, one).named < own.score
     spread = labels.feature_label(both[0], 1, str, share=0.9)
     assert spread.tokens == () and labels.label_score(*both, 1, spread).named is None
 
@@ -111,6 +118,9 @@ def test_scores_that_are_undefined_are_none() -> None:
     for fit, held in ((dead, live), (live, dead), (even, live), (live, even)):
         found = labels.label_score(summed(ids, fit), summed(ids, held), 0)
         assert found.score is None and found.shuffled is None and found.tokens == 4 and found.unseen == 0
+    for n in range(2, 40):  # the variance of equal codes is rounding, above 0 or below
+        same = summed(np.arange(n) % 4, np.full((n, 1), 0.1))
+        assert labels.label_score(summed(ids, live), same, 0).score is None
     found = labels.label_score(summed(ids, live), summed(ids + 9, live), 0)
     assert found.score is None and found.unseen == 1  # no id is known: one prediction for all
     none = labels.label_score(summed(ids, live), summed(ids[:0], live[:0]), 0)
@@ -119,6 +129,36 @@ def test_scores_that_are_undefined_are_none() -> None:
         labels.label_score(summed(ids[:0], live[:0]), summed(ids, live), 0)
     with pytest.raises(MeasurementError, match=r"expected a column 0\.\.0, found 1"):
         labels.label_score(summed(ids, live), summed(ids, live), 1)
+
+
+class _Coordinates:
+    """Codes are the positive coordinates of an activation."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return z
+
+
+def test_what_a_model_embeds_is_explained_by_its_tokens_and_what_it_computes_is_less() -> None:
+    prompts = [
+        Prompt(tuple(3 + token % 6 for token in prompt.input_ids), prompt.completion_start, prompt.unit)
+        for prompt in make_prompts(40)
+    ]
+    names = ("embed", "layers.1.attn_out")
+    streams = {
+        name: TopContexts(_Coordinates(), "own", name, range(8), prompts=prompts, held_out=range(0, 40, 3))
+        for name in names
+    }
+    read_prompts(make_model("llama"), prompts, [], batch_size=8, pad_token_id=0, side="left", observers=streams)
+    scores = {}
+    for name in names:
+        found = streams[name].contexts()
+        assert found.fit.tokens + found.held.tokens == found.tokens > 0 < found.held.tokens
+        scores[name] = [labels.label_score(found.fit, found.held, column).score for column in range(8)]
+    np.testing.assert_allclose([r for r in scores[names[0]] if r is not None], 1, atol=1e-6)
+    assert max(scores[names[1]]) < 0.95 and None not in scores[names[1]]
 
 
 # ---------------------------------------------------------------------------------------------------------- the label
@@ -145,6 +185,8 @@ def test_equal_shares_are_named_by_id_and_silence_is_said() -> None:
     fit = summed(np.array([6, 4, 2]), np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]))
     label = labels.feature_label(fit, 0, WORDS.__getitem__, most=2)
     assert [token for token, _ in label.tokens] == [2, 4]
+    many = labels.feature_label(summed(np.arange(300) % 150, np.ones((300, 1))), 0, str, most=5, share=0.0)
+    assert [token for token, _ in many.tokens] == [0, 1, 2, 3, 4]
     silent = labels.feature_label(fit, 1, WORDS.__getitem__, promoted=[3])
     assert silent.text == "silent on the fitting texts; promotes 'three'"
     assert silent.tokens == () and silent.spread is None

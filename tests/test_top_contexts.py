@@ -232,18 +232,20 @@ def test_what_is_kept_does_not_grow_with_the_texts() -> None:
         assert codes.untyped_storage().nbytes() == 4 * len(codes)  # not a view of the batch
 
 
-def test_parts_of_several_ranks_are_the_whole() -> None:
+@pytest.mark.parametrize("k", [1, 3, 13])
+def test_parts_of_several_ranks_are_the_whole(k: int) -> None:
     prompts, values = texts()
-    held, parts, shares = {1, 4, 9}, [], [list(range(rank, 13, 3)) for rank in range(3)]
+    held, parts, shares = {1, 4, 9}, [], [list(range(rank, 13, 3)) for rank in (2, 0, 1)]
     for share in shares:
         own = [row for row, text in enumerate(share) if text in held]
         mine, some = [prompts[row] for row in share], [values[row] for row in share]
-        stream = TopContexts(Small(signed=True), "small", "", ASKED, prompts=mine, k=3, held_out=own)
+        stream = TopContexts(Small(signed=True), "small", "", ASKED, prompts=mine, k=k, held_out=own)
         parts.append(feed(stream, mine, some, size=2, side="left", rows=list(range(len(share)))).contexts())
     merge = module.FeatureContexts.merge
-    same(merge(parts, shares), expected(prompts, values, Small(signed=True), 3, held))
-    with pytest.raises(MeasurementError, match="expected rows of all texts, each once, found 14 rows"):
-        merge(parts, [shares[0], shares[1], shares[0][:5]])
+    same(merge(parts, shares), expected(prompts, values, Small(signed=True), k, held))
+    assert merge(parts, shares).k == k
+    with pytest.raises(MeasurementError, match="expected rows of all texts, each once, found 13 rows"):
+        merge(parts, [shares[0], shares[1], shares[0]])
     with pytest.raises(MeasurementError, match="expected rows of all texts, each once, found 12 rows"):
         merge(parts, [shares[0], shares[1], shares[2][:3]])
     other = TopContexts(Small(), "small", "", [1], prompts=prompts)
@@ -281,6 +283,10 @@ def test_what_cannot_be_read_is_named_after_the_pass() -> None:
     far([13], torch.zeros(1, 20, D), torch.ones(1, 20))
     message(far, "expected rows of 13 prompts, found row 13")
     message(feed(stream(tokens="all"), prompts, values, size=4, side="left", rows=rows), r"tokens='all'\) to be marked")
+    gap = stream(tokens="all")  # as many marked tokens as expected, but others
+    length = len(prompts[0].input_ids)
+    gap([0], torch.zeros(1, length + 1, D), (torch.arange(length + 1)[None] != 3) & (torch.arange(length + 1) > 0))
+    message(gap, f"expected its {length - 1} content tokens .* to be marked, found {length - 1} marked")
     infinite = Small()
     infinite.encode = lambda x: torch.full((len(x), F), torch.inf)  # type: ignore[method-assign]
     message(feed(stream(infinite), prompts, values, size=4, side="left", rows=rows), "expected finite codes")
