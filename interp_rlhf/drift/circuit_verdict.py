@@ -161,7 +161,10 @@ def _of_start(e: CircuitEvidence) -> tuple[Word, str] | None:
 def _of_circuits(e: CircuitEvidence) -> tuple[Word, str]:
     """The words that compare circuits; F_index(0) is there and positive."""
     if e.f_index is None:
-        return "undetermined", "The faithfulness of the step-0 circuit is undefined now or was not measured."
+        return "undetermined", (
+            "Corrupting every edge changes the metric by no more than chance now (the interval covers 0), or the "
+            "faithfulness of the step-0 circuit was not measured."
+        )
     if e.random_high is None:
         return "undetermined", f"Now there are {_NO_BAND}."
     least, random_high = HIGH_FROM * (e.f_index_start or 0.0), e.random_high
