@@ -8,22 +8,19 @@ head's query or key changes that head, or that key's heads, and no other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from interp_rlhf.activations.capturing import first_tensor
+from interp_rlhf.activations.capturing import recording
+from interp_rlhf.activations.hookpoints import ModelLayout, resolve_hookpoints
 from interp_rlhf.errors import HookpointError
 
 if TYPE_CHECKING:
     from interp_rlhf.activations.engines import Engine
     from interp_rlhf.circuits.wiring import Block
-
-
-class _Enough(Exception):
-    """Ends the pass after the last attention that is asked."""
 
 
 def check_values(place: str, block: Block, values: Tensor, heads: Tensor) -> None:
@@ -50,7 +47,7 @@ def check_values(place: str, block: Block, values: Tensor, heads: Tensor) -> Non
 
 def check_queries_and_keys(
     blocks: Sequence[Block],
-    attentions: Sequence[nn.Module],
+    parts: ModelLayout,
     streams: Mapping[nn.Module, Tensor],
     engine: Engine,
     inputs: Mapping[str, Tensor],
@@ -60,34 +57,30 @@ def check_queries_and_keys(
     One layer of every class of attention is asked, in one pass that has a row for every head and ends there.
 
     Args:
-        attentions: the attention of each block.
+        blocks: of all layers, wired alike.
         streams: input ``[1, T, d]`` of every layer on these inputs.
         inputs: of one text, ``[1, T]`` each.
 
     Raises:
         HookpointError: names the layer.
     """
-    first = {type(attention): index for index, attention in reversed([*enumerate(attentions)])}
-    asked = sorted(first.values())
+    first = {type(parts.attention(index)): index for index in reversed(range(len(blocks)))}
+    asked = {f"layers.{index}.heads": blocks[index] for index in sorted(first.values())}
     rows = 2 + blocks[0].q.columns.shape[0] + blocks[0].k.columns.shape[0]
-    found: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
     with ExitStack() as hooks:
-        for index in asked:
-            block = blocks[index]
+        for block in asked.values():
             hooks.callback(_restart(block.layer, streams[block.layer], rows).remove)
             for module in dict.fromkeys((block.q.module, block.k.module)):
                 hooks.callback(module.register_forward_hook(_changer(block, module)).remove)
-
-            def keep(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
-                found[index] = args[0].detach()
-                if index == asked[-1] and engine.may_stop:
-                    raise _Enough
-
-            hooks.callback(block.output.register_forward_pre_hook(keep).remove)
-        with suppress(_Enough):
+        with recording(
+            resolve_hookpoints([*asked], parts),
+            lambda point, value: found.update({point.name: value}),
+            stop_after_last=engine.may_stop,
+        ):
             engine.run({name: value.expand(rows, -1) for name, value in inputs.items()})
-    for index in asked:
-        _check_rows(f"layers.{index}", blocks[index], found[index])
+    for name, block in asked.items():
+        _check_rows(name.removesuffix(".heads"), block, found[name])
 
 
 def _restart(layer: nn.Module, stream: Tensor, rows: int) -> Any:
@@ -108,7 +101,7 @@ def _changer(block: Block, module: nn.Module) -> Any:
     n, groups = block.q.columns.shape[0], block.k.columns.shape[0]
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        value = first_tensor(output).clone()
+        value = output.clone()
         signs = torch.randint(2, value.shape[1:], generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
         if block.q.module is module:
             for head in range(n):
@@ -138,9 +131,8 @@ def _check_rows(place: str, block: Block, heads: Tensor) -> None:
         raise _unsupported(place, block, "a query acts at its own token alone")
 
 
-def _tolerance(of: Tensor | torch.dtype) -> float:
-    dtype = of if isinstance(of, torch.dtype) else of.dtype
-    return 1e-4 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
+def _tolerance(of: Tensor) -> float:
+    return 1e-4 if of.dtype in (torch.float32, torch.float64) else 8 * torch.finfo(of.dtype).eps
 
 
 def _unsupported(place: str, block: Block, what: str) -> HookpointError:

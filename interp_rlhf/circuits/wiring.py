@@ -1,11 +1,10 @@
 """How a model's heads and MLPs are wired to its residual stream: found on the live modules, then checked by arithmetic.
 
 Where queries, keys and values come out of a projection is guessed by the projection's name (table below), and the
-attention is asked whether that is so (:mod:`interp_rlhf.circuits.roles`). All the rest
-is traced on one short forward pass: the norm before a reader is the module that gave it its input, a norm after a
-component is the one that took its output, and a block is parallel when its MLP reads what its attention reads. The
-trace ends with the sum that every edge score rests on: ``layer output = layer input + attention + MLP``. An
-architecture of which that does not hold is refused.
+attention is asked whether that is so (:mod:`interp_rlhf.circuits.roles`). All the rest is traced on one short forward
+pass: the norm before a reader is the module that gave it its input, a norm after a component is the one that took its
+output, and a block is parallel when its MLP reads what its attention reads. The trace ends with the sum that every edge
+score rests on: ``layer output = layer input + attention + MLP``. An architecture where it does not hold is refused.
 
 ========================================  =============================================================  ===============
 projection inside the attention           output columns of a head                                       seen in
@@ -124,14 +123,15 @@ def find_wiring(model: nn.Module, *, layers: str | None = None) -> Wiring:
         inputs = _inputs(parts, engine)
         seen = _trace(parts, engine, inputs)
         blocks = [_block(parts, seen, index) for index in range(parts.n_layers)]
-        attentions = [parts.attention(index) for index in range(parts.n_layers)]
-        streams = {layer: seen[layer].input for layer in parts.layers}
-        check_queries_and_keys(blocks, attentions, streams, engine, inputs)
         final = _final_norm(parts, seen)
-    parallel = {block.parallel for block in blocks if block.parallel is not None}
-    groups = {block.k.columns.shape[0] for block in blocks}
-    if len(parallel) > 1 or len(groups) > 1:
-        raise HookpointError(f"{parts.architecture}: expected all layers to be wired alike, found layers that differ")
+        parallel = {block.parallel for block in blocks if block.parallel is not None}
+        groups = {block.k.columns.shape[0] for block in blocks}
+        if len(parallel) > 1 or len(groups) > 1:
+            raise HookpointError(
+                f"{parts.architecture}: expected all layers to be wired alike, found layers that differ"
+            )
+        streams = {layer: seen[layer].input for layer in parts.layers}
+        check_queries_and_keys(blocks, parts, streams, engine, inputs)
     graph = Graph(parts.n_layers, parts.n_heads, groups.pop(), True in parallel, parts.architecture)
     return Wiring(parts, engine, tuple(blocks), final, graph)
 
