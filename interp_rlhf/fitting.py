@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, Tokens
 from interp_rlhf.activations.rows import row_texts
-from interp_rlhf.activations.tokenizers import tokenizer_hash
+from interp_rlhf.activations.tokenizers import no_content, padding, tokenizer_hash
 from interp_rlhf.checkpoints import load_checkpoint, load_tokenizer, model_folder, short_name
 from interp_rlhf.drift.crossfit import (
     Fitter,
@@ -38,6 +38,9 @@ from interp_rlhf.readouts.directions import Direction
 from interp_rlhf.readouts.folds import check_no_leak, label_folds, pair_folds
 from interp_rlhf.readouts.packs import load_pack, render
 from interp_rlhf.readouts.probes import LinearProbe
+
+if TYPE_CHECKING:
+    from interp_rlhf.sae_training import SaeOptions
 
 Kind = Literal["probe", "direction"]
 
@@ -177,9 +180,21 @@ class _Texts:
     paired: bool
 
 
-def _fit(kind: Kind, model: str | Path, out: Path, options: FitOptions) -> FitReport:
+def open_model(
+    model: str | Path, out: Path, options: FitOptions | SaeOptions, *, new: Literal["file", "folder"]
+) -> tuple[nn.Module, Any, str, int]:
+    """The model to fit on, its tokenizer, the hookpoint on it, and how many tokens a text may have.
+
+    Args:
+        out: where the ``new`` file or folder is to be.
+
+    Raises:
+        FormatError: ``out`` exists, or its folder does not.
+        ConfigError: no model or tokenizer there.
+        HookpointError: no such hookpoint on this model.
+    """
     if out.exists():
-        raise FormatError(f"{out}: exists, expected the name of a new file")
+        raise FormatError(f"{out}: exists, expected the name of a new {new}")
     if not out.parent.is_dir():
         raise FormatError(f"{out}: cannot be written, {out.parent} is no folder")
     tokenizer = load_tokenizer(options.tokenizer or model_folder(model))
@@ -188,8 +203,13 @@ def _fit(kind: Kind, model: str | Path, out: Path, options: FitOptions) -> FitRe
     loaded = load_checkpoint(model, base=options.base)
     tree = layout(loaded)
     (point,) = resolve_hookpoints([options.hookpoint], tree)
-    texts = _read_texts(options, tokenizer, min(options.max_length, tree.max_positions or options.max_length))
-    x = _activations(loaded, texts.prompts, point.name, tokenizer, options)
+    return loaded, tokenizer, point.name, min(options.max_length, tree.max_positions or options.max_length)
+
+
+def _fit(kind: Kind, model: str | Path, out: Path, options: FitOptions) -> FitReport:
+    loaded, tokenizer, hookpoint, limit = open_model(model, out, options, new="file")
+    texts = _read_texts(options, tokenizer, limit)
+    x = _activations(loaded, texts.prompts, hookpoint, tokenizer, options)
     fitter = probe_fitter if kind == "probe" else direction_fitter
     scores = cross_fit_texts(x, texts.labels, texts.folds, fitter).held(x, texts.folds)
     thresholds, no_recall = None, ""
@@ -202,9 +222,9 @@ def _fit(kind: Kind, model: str | Path, out: Path, options: FitOptions) -> FitRe
     if kind == "probe":
         threshold = None if thresholds is None else float(thresholds.mean())
         about = (float(biases[0]), threshold, tokenizer_hash(tokenizer))
-        readout = LinearProbe(texts.name, point.name, weights[0], *about)
+        readout = LinearProbe(texts.name, hookpoint, weights[0], *about)
     else:
-        readout = Direction(texts.name, point.name, weights[0])
+        readout = Direction(texts.name, hookpoint, weights[0])
     report = _report(readout, out, short_name(model), texts, options, x, scores, thresholds, no_recall, fitter)
     readout.save(out)
     return report
@@ -272,11 +292,9 @@ def _of(texts: _Texts, label: bool) -> list[int]:
 def _activations(
     model: nn.Module, prompts: Sequence[Prompt], hookpoint: str, tokenizer: Any, options: FitOptions
 ) -> Tensor:
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    skipped = frozenset(i for i in (tokenizer.bos_token_id,) if i is not None)
     readings = read_prompts(
-        model, prompts, [hookpoint], batch_size=options.batch_size, pad_token_id=padding, tokens=options.tokens,
-        skip_ids=skipped,
+        model, prompts, [hookpoint], batch_size=options.batch_size, pad_token_id=padding(tokenizer),
+        tokens=options.tokens, skip_ids=no_content(tokenizer),
     )  # fmt: skip
     return readings.means[hookpoint]
 

@@ -16,7 +16,7 @@ from interp_rlhf.activations.hookpoints import ModelLayout, layout, resolve_hook
 from interp_rlhf.activations.labelled import LabelledTexts
 from interp_rlhf.activations.prompt_sets import PromptSet, check_drawable, draw_rows, is_streaming
 from interp_rlhf.activations.prompts import ContrastPair, Prompt, content_tokens
-from interp_rlhf.activations.tokenizers import tokenizer_hash
+from interp_rlhf.activations.tokenizers import no_content, tokenizer_hash
 from interp_rlhf.circuits.tasks import Task, resolve_task
 from interp_rlhf.circuits.wiring import find_wiring, partition_problem
 from interp_rlhf.config import InterpConfig
@@ -160,7 +160,7 @@ def make_plan(config: InterpConfig, model: nn.Module, tokenizer: Any, *, train_d
         directions=directions,
         refused=tuple(refused),
         pad_token_id=_pad_token(tokenizer),
-        skip_ids=frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None),
+        skip_ids=no_content(tokenizer),
         max_length=limit,
         behaviour=config.concepts.behaviour and has_head,
         bank=_bank(config, tokenizer, limit) if concepts or directions else (),
@@ -243,9 +243,8 @@ def _audit_prompts(
     if units < 8:
         beside = f" beside the {len(fitted)} that {PREFERENCE} is fitted on" if fitted else ""
         raise PromptError(f"{audit.name}: expected at least 8 different prompts to measure on, found {units}{beside}")
-    skip_ids = frozenset(i for i in (getattr(tokenizer, "bos_token_id", None),) if i is not None)
     for prompt in audit.prompts:
-        content_tokens(prompt, settings.tokens, skip_ids)
+        content_tokens(prompt, settings.tokens, no_content(tokenizer))
     return audit
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from interp_rlhf.activations.capturing import capture, read_prompts
 from interp_rlhf.activations.engines import unchanged_random_states
 from interp_rlhf.activations.feature_sums import FeatureReading, FeatureStream
-from interp_rlhf.activations.hookpoints import layout, resolve_hookpoints
 from interp_rlhf.activations.json_lines import json_lines
 from interp_rlhf.activations.prompts import Prompt, batches
 from interp_rlhf.activations.rows import row_texts
-from interp_rlhf.checkpoints import load_checkpoint, load_tokenizer, model_folder, short_name
-from interp_rlhf.errors import ConfigError, FormatError, PromptError
+from interp_rlhf.activations.tokenizers import no_content, padding
+from interp_rlhf.checkpoints import short_name
+from interp_rlhf.drift.feature_health import fraction_unexplained
+from interp_rlhf.errors import ConfigError, PromptError
+from interp_rlhf.fitting import open_model
 from interp_rlhf.readouts.sae_hooks import lens_name
 from interp_rlhf.readouts.saes import SparseAutoencoder
 
@@ -151,34 +154,22 @@ def fit_sae(model: str | Path, out: str | Path, options: SaeOptions) -> SaeRepor
         HookpointError: no such hookpoint on this model.
         PromptError: an unreadable file, or too few texts.
     """
-    out = Path(out)
-    if out.exists():
-        raise FormatError(f"{out}: exists, expected the name of a new folder")
-    if not out.parent.is_dir():
-        raise FormatError(f"{out}: cannot be written, {out.parent} is no folder")
-    lens = _lens()
-    tokenizer = load_tokenizer(options.tokenizer or model_folder(model))
-    if tokenizer is None:
-        raise ConfigError(f"{options.tokenizer or model}: expected a tokenizer to read the texts with, found none")
-    loaded = load_checkpoint(model, base=options.base)
-    parts = layout(loaded)
-    (point,) = resolve_hookpoints([options.hookpoint], parts)
-    limit = min(options.max_length, parts.max_positions or options.max_length)
+    out, lens = Path(out), _lens()
+    loaded, tokenizer, hookpoint, limit = open_model(model, out, options, new="folder")
     trained, held = _split(_texts(Path(options.data), tokenizer, limit), options)
-    skip = frozenset(i for i in (tokenizer.bos_token_id,) if i is not None)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    with unchanged_random_states():
+    skip, pad = no_content(tokenizer), padding(tokenizer)
+    with unchanged_random_states(), TemporaryDirectory(prefix=".interp-", dir=out.parent) as folder:
         torch.manual_seed(options.seed)
-        source = _tokens(loaded, trained, point.name, pad, skip, options)
-        name = options.name or out.name
-        described = {"hook_name": lens_name(point.name), "model_name": short_name(model)}
-        _train(lens, source, options, described).save_inference_model(out)
-        dictionary = SparseAutoencoder.from_folder(out, hookpoint=point.name, name=name)
+        source = _tokens(loaded, trained, hookpoint, pad, skip, options)
+        made, name = Path(folder) / "sae", options.name or out.name
+        described = {"hook_name": lens_name(hookpoint), "model_name": short_name(model)}
+        _train(lens, source, options, described).save_inference_model(made)
+        dictionary = SparseAutoencoder.from_folder(made, hookpoint=hookpoint, name=name)
         read = _read(loaded, held, dictionary, pad, skip, options)
-    centred = read.power - float((read.x_sum**2).sum()) / int(read.tokens.sum())
+        made.rename(out)
     return SaeReport(
-        name, point.name, short_name(model), out, options.architecture, options.width, len(trained), len(held),
-        options.tokens // options.batch * options.batch, read.error / centred, read.l0 / int(read.tokens.sum()),
+        name, hookpoint, short_name(model), out, options.architecture, options.width, len(trained), len(held),
+        options.tokens // options.batch * options.batch, fraction_unexplained(read), read.l0 / int(read.tokens.sum()),
         1 - float(read.alive.float().mean()),
     )  # fmt: skip
 
