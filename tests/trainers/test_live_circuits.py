@@ -32,6 +32,7 @@ from interp_rlhf.config import InterpConfig
 from interp_rlhf.distributed import World
 from interp_rlhf.mechanism_rows import stored_mechanism
 from interp_rlhf.mechanisms import Reader
+from interp_rlhf.readouts.probes import LinearProbe
 
 METRICS = {
     "metric", "metric_corrupt", "effect_ratio", "faithfulness_index", "faithfulness_matched", "faithfulness_own",
@@ -238,6 +239,11 @@ def wrong(case: str, folder: Path) -> tuple[dict[str, Any], Any]:
         return {"tasks": [task], "control": task}, None
     if case == "length":
         return {"tasks": [write_task(folder / "long.jsonl", length=140)]}, None
+    if case == "probe":
+        LinearProbe("p", "layers.9.resid_post", torch.ones(16), 0.0).save(folder / "probe.safetensors")
+        write_task(folder / "plain.jsonl", metric="kl")
+        (folder / "seen.yaml").write_text("name: seen\nmetric: probe\nprobe: probe.safetensors\npairs: plain.jsonl\n")
+        return {"tasks": [str(folder / "seen.yaml")]}, None
     config = AutoConfig.for_model("opt", **{**CONFIGS["opt"], "vocab_size": 94})
     return {"tasks": [task]}, AutoModelForCausalLM.from_config(config)
 
@@ -249,6 +255,7 @@ def wrong(case: str, folder: Path) -> tuple[dict[str, Any], Any]:
         ("name", ConfigError, "'induktion': expected one of induction"),
         ("twice", ConfigError, "expected different names, found words, words"),
         ("length", ConfigError, "task 'long': pair [0-9a-f]{16}: 142 tokens, expected at most 128"),
+        ("probe", HookpointError, "layers.9.resid_post"),
         ("architecture", HookpointError, "layers.0: OPTDecoderLayer is not supported for circuits"),
     ],
 )
@@ -292,6 +299,20 @@ def test_a_task_that_fails_costs_its_own_rows(
     assert list(rows_of(timeline).index) == ([] if at == "start" else [0])
     assert sorted(timeline[timeline.metric == "concept/drift"].step.unique()) == [0, 2, 3]
     assert kept(folder, 3, "kl") and not kept(folder, 3, "words") and verify(folder) == 0
+
+
+def test_a_control_task_that_fails_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Reader, control: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(Reader, "control_scores", fails)
+    folder = tmp_path / "out"
+    circuits = {"control": write_task(tmp_path / "margins.jsonl", metric="margin", n=8, seed=1)}
+    _, handle = train("dpo", folder, settings(folder, circuits=circuits, on_error="warn"), **{**BRIEF, "max_steps": 2})
+    assert [(event["step"], event["what"]) for event in events(folder, "failure")] == [(0, "circuit of margins")]
+    rows = handle.timeline()
+    assert set(rows[rows.metric == "circuit/faithfulness_index"].step) == {0, 2}
+    assert rows[rows.metric == "circuit/faithfulness_control"].empty
 
 
 def test_partitioned_weights_are_refused_once_and_cost_nothing_else(tmp_path: Path) -> None:
