@@ -23,6 +23,8 @@ COHERENCE, NOISE, JITTER = 0.3, 0.1, 0.05
 SCALED, SWITCHED_ON = 7, 91
 CHANGES = ("none", "two features", "outside")
 ENCODERS = ("codes known", "JumpReLU, fitted", "JumpReLU, tied", "TopK, tied")
+#: The one that leaves most of the start unexplained; set apart after the gate was seen to stay open for it.
+POOR = "JumpReLU, tied"
 Q, TOLERANCE = 0.1, 0.1
 
 
